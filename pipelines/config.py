@@ -1,0 +1,177 @@
+"""Every setting of a run, validated before anything starts.
+
+The recipe (YAML) is read by `jobs.config`; each section here is what one stage receives.
+Unknown keys, wrong types and impossible values are errors that name the key.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+
+Solver = Literal["ddim", "pndm", "dpmsolver++", "unipc", "heun", "euler"]
+RegressionLoss = Literal["l1", "l2", "huber"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSection(Section):
+    """What belongs to the whole run."""
+
+    dir: str = Field("runs/run", description="run directory: a local path or s3:// URL")
+    seed: NotNegative = 0
+
+
+class StorageSection(Section):
+    """Options for s3:// URLs. Credentials come from the environment, never from here."""
+
+    endpoint_url: str | None = None
+    region: str | None = None
+    profile: str | None = None
+
+
+class RaySection(Section):
+    """Where Ray runs. No address: an embedded Ray on this machine, or the job's own cluster."""
+
+    address: str | None = None
+    num_cpus: Positive = Field(8, description="logical CPUs of the embedded Ray (slots, not cores)")
+    object_store_mb: Positive = 256
+
+
+class TeacherSection(Section):
+    """The teacher: a directory in diffusers format, or `shipped:emoji`."""
+
+    path: str = "shipped:emoji"
+
+
+class PairsSection(Section):
+    """Station 1-4: prompts → noise–latent pairs."""
+
+    prompts: str = Field("shipped:demo", description="txt, csv, jsonl or parquet; path or s3://")
+    root: str = Field("", description="data set folder; empty: <run.dir>/pairs")
+    seed: NotNegative = Field(0, description="data-set seed: part of every pair's id and noise")
+    samples_per_prompt: Positive = 1
+    solver: Solver = "dpmsolver++"
+    steps: Positive = 50
+    guidance_scale: float = Field(7.5, ge=0, description="standard scale: u + s (c - u)")
+    negative_prompt: str = ""
+    height: Positive | None = Field(None, description="pixels; empty: the teacher's own size")
+    width: Positive | None = None
+    dtype: Literal["float16", "float32"] = Field("float16", description="of the stored tensors")
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: Positive = 16
+    rows_per_block: Positive = Field(64, description="unit of work, and of lost work")
+    row_group_rows: Positive = 64
+    actors: Positive = 1
+    cpus_per_actor: float = Field(1, ge=0)
+    gpus_per_actor: float = Field(0, ge=0)
+    threads_per_actor: Positive | None = Field(None, description="torch threads; empty: all cores")
+
+    @model_validator(mode="after")
+    def _whole_batches(self) -> "PairsSection":
+        if self.rows_per_block % self.batch_size:
+            raise ValueError(
+                f"rows_per_block ({self.rows_per_block}) must be a multiple of "
+                f"batch_size ({self.batch_size}), so that batches are full"
+            )
+        return self
+
+
+class TrainSection(Section):
+    """Station 5-7: DMD training."""
+
+    num_workers: Positive = 1
+    use_gpu: bool = False
+    cpus_per_worker: float = Field(1, ge=0)
+    threads_per_worker: Positive | None = Field(None, description="torch threads; empty: all cores")
+    max_failures: NotNegative = 3
+    max_train_steps: Positive = 1000
+    train_batch_size: Positive = Field(32, description="global batch of the DM gradient")
+    regression_batch_size: NotNegative = Field(32, description="global batch of pairs")
+    mixed_precision: Literal["no", "bf16"] = "no"
+    learning_rate: Rate = 1e-5
+    fake_learning_rate: Rate | None = Field(None, description="empty: learning_rate")
+    lr_scheduler: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
+    lr_warmup_steps: NotNegative = 500
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: Rate = 10.0
+    dm_weight: float = Field(1.0, ge=0, description="weight of the distribution-matching loss")
+    lambda_reg: float = Field(0.25, ge=0, description="weight of the regression loss")
+    regression_loss: RegressionLoss = "l2"
+    guidance_scale: float = Field(7.5, ge=0, description="of the real score; standard scale")
+    t_min_fraction: float = Field(0.02, ge=0, lt=1)
+    t_max_fraction: float = Field(0.98, gt=0, le=1)
+    checkpointing_steps: Positive = 500
+    checkpoints_total_limit: Positive = 2
+    validation_steps: Positive = 500
+    num_validation_images: Positive = 16
+    logging_steps: Positive = 10
+    report_to: Literal["tensorboard", "none"] = "tensorboard"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainSection":
+        if self.t_min_fraction >= self.t_max_fraction:
+            raise ValueError(
+                f"t_min_fraction ({self.t_min_fraction}) must be below "
+                f"t_max_fraction ({self.t_max_fraction})"
+            )
+        if self.lambda_reg > 0 and self.regression_batch_size == 0:
+            raise ValueError("lambda_reg > 0 needs regression_batch_size > 0")
+        if self.dm_weight == 0 and self.lambda_reg == 0:
+            raise ValueError("dm_weight and lambda_reg are both 0: there is nothing to train")
+        for key in ("train_batch_size", "regression_batch_size"):
+            size = getattr(self, key)
+            if 0 < size < self.num_workers:
+                raise ValueError(
+                    f"{key} ({size}) must be at least num_workers ({self.num_workers})"
+                )
+        return self
+
+
+class EvaluateSection(Section):
+    """Station 9: student against teacher on held-out prompts with the same noise."""
+
+    prompts: str = "shipped:held_out"
+    max_prompts: Positive | None = None
+    seed: NotNegative = Field(1000, description="of the noise; other than pairs.seed")
+    teacher_steps: Positive | None = Field(None, description="empty: pairs.steps")
+    few_steps: tuple[Positive, ...] = Field((1, 2, 4), description="teacher baselines")
+    batch_size: Positive = 32
+    timing_repeats: Positive = 10
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    report_images: Positive = 32
+
+
+class TeacherTrainSection(Section):
+    """`dmd train-teacher`: the miniature Stable Diffusion."""
+
+    data: Literal["emoji"] = "emoji"
+    output: str = Field("", description="pipeline folder; empty: <run.dir>/teacher")
+    image_size: Literal[32, 64] = 32
+    num_workers: Positive = 1
+    use_gpu: bool = False
+    threads_per_worker: Positive | None = None
+    max_failures: NotNegative = 3
+    max_pictures: Positive | None = Field(None, description="train on the first so many only")
+    vae_steps: Positive = 4000
+    vae_batch_size: Positive = 64
+    vae_learning_rate: Rate = 1e-3
+    unet_steps: Positive = 20000
+    unet_batch_size: Positive = 64
+    unet_learning_rate: Rate = 1e-3
+    lr_warmup_steps: NotNegative = 200
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    caption_dropout: float = Field(0.1, ge=0, lt=1)
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    max_grad_norm: Rate = 1.0
+    checkpointing_steps: Positive = 500
+    logging_steps: Positive = 50
+    unet_channels: tuple[Positive, Positive] = (96, 192)
+    vae_channels: tuple[Positive, Positive, Positive] = (32, 64, 96)

@@ -1,0 +1,41 @@
+"""How workers tell the driver where they are: one tiny Ray actor that holds counters."""
+
+import time
+from typing import Any
+
+import ray
+
+
+@ray.remote(num_cpus=0)
+class ProgressBoard:
+    """`done` counts up; `fields` holds the latest value of anything else a person may watch."""
+
+    def __init__(self) -> None:
+        self._done = 0
+        self._fields: dict[str, Any] = {}
+
+    def advance(self, count: int) -> None:
+        self._done += count
+
+    def set(self, done: int | None = None, **fields: Any) -> None:
+        if done is not None:
+            self._done = done
+        self._fields.update(fields)
+
+    def read(self) -> tuple[int, dict[str, Any]]:
+        return self._done, dict(self._fields)
+
+
+class Throttle:
+    """True at most once in `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._next = 0.0
+
+    def ready(self) -> bool:
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self._seconds
+        return True

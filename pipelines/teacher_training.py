@@ -1,0 +1,268 @@
+"""Training the miniature teacher as a Ray Train job: VAE, latents, UNet, pipeline folder.
+
+Two stages on one step counter: steps 0 … vae_steps − 1 train the VAE, the rest the UNet with its
+text encoder. Every random number is keyed by (seed, stage, step, rank), so a resumed run goes on
+as an undisturbed one would.
+"""
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import ray.train
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dmd_core import teacher_training as core
+from dmd_core.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    pack_optimizer,
+    prune_checkpoints,
+    save_checkpoint,
+    unpack_optimizer,
+)
+from dmd_core.miniature import MiniatureSize, build_miniature
+from dmd_core.noise import stable_seed
+from dmd_core.schedule import Schedule
+from pipelines import emoji
+from pipelines.config import StorageSection, TeacherTrainSection
+from pipelines.progress import Throttle
+from pipelines.storage import Store, open_store
+from pipelines.workers import set_threads
+
+
+def train_teacher_loop(config: dict[str, Any]) -> None:
+    """One worker of `dmd train-teacher`. `config`: section, seed, dir, storage, board."""
+    section = TeacherTrainSection.model_validate(config["section"])
+    set_threads(section.threads_per_worker)
+    store = open_store(config["dir"], StorageSection.model_validate(config["storage"]))
+    _TeacherRun(section, config["seed"], store, config.get("board")).run()
+
+
+class _TeacherRun:
+    def __init__(self, section: TeacherTrainSection, seed: int, store: Store, board) -> None:
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.section, self.seed, self.store, self.board = section, seed, store, board
+        self.device = ray.train.torch.get_device() if section.use_gpu else torch.device("cpu")
+        self.items = emoji.load_emoji()[: section.max_pictures]
+        self.held_out = emoji.held_out(self.items)
+        torch.manual_seed(seed)
+        size = MiniatureSize(
+            image_size=section.image_size,
+            unet_channels=section.unet_channels,
+            vae_channels=section.vae_channels,
+        )
+        train_captions = [
+            item.caption for item, held in zip(self.items, self.held_out, strict=True) if not held
+        ]
+        self.pipeline = build_miniature(size, train_captions)
+        self.vae = self.pipeline.vae.to(self.device)
+        self.model = core.TextConditionalUNet(self.pipeline.unet, self.pipeline.text_encoder)
+        self.model.to(self.device, memory_format=torch.channels_last)
+        self.ema = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(section.ema_decay), use_buffers=False
+        )
+        self.schedule = Schedule.from_scheduler(self.pipeline.scheduler)
+        self.vae_optimizer = torch.optim.AdamW(self.vae.parameters(), lr=1.0, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.01
+        )
+        self.step = 0
+        self.total = section.vae_steps + section.unet_steps
+        self.losses: list[float] = []
+        self.throttle = Throttle(1.0)
+
+    # ------------------------------------------------------------------ the journey of a run
+
+    def run(self) -> None:
+        self._restore()
+        pictures = emoji.load_pictures(self.items, self.section.image_size)
+        kept = ~np.asarray(self.held_out)
+        if self.step < self.section.vae_steps:
+            self._train_vae(pictures[kept])
+        if self.step < self.total:
+            self._train_unet(self._latents(pictures, kept))
+        if self.rank == 0:
+            self._write_pipeline()
+        ray.train.report({"step": self.step})
+
+    def _train_vae(self, pictures: np.ndarray) -> None:
+        section = self.section
+        data = core.pictures_to_tensor(pictures)
+        network = self._parallel(_VaeLoss(self.vae))
+        while self.step < section.vae_steps:
+            rng = self._rng("vae")
+            rows = torch.from_numpy(
+                rng.integers(len(data), size=self._share(section.vae_batch_size))
+            )
+            batch = data[rows]
+            mirrored = torch.from_numpy(rng.random(len(batch)) < 0.5)
+            batch[mirrored] = batch[mirrored].flip(3)
+            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            self._update(
+                lambda batch=batch, generator=generator: network(batch.to(self.device), generator),
+                self.vae_optimizer,
+                self.vae.parameters(),
+                lr=section.vae_learning_rate
+                * core.warmup_and_decay(self.step, total=section.vae_steps, warmup=100),
+                label="VAE",
+            )
+
+    def _latents(self, pictures: np.ndarray, kept: np.ndarray) -> core.LatentSet:
+        """The frozen VAE's latents of the training pictures, and the scale that makes them unit."""
+        self.vae.eval().requires_grad_(False)
+        data = core.pictures_to_tensor(pictures[kept]).to(self.device)
+        plain = core.encode_pictures(self.vae, data)
+        mirror = torch.tensor(
+            [item.mirrorable for item, keep in zip(self.items, kept, strict=True) if keep]
+        )
+        second = plain.clone()
+        second[mirror] = core.encode_pictures(self.vae, data[mirror].flip(3))
+        scale = 1.0 / float(plain.std())
+        self.vae.register_to_config(scaling_factor=scale)
+        captions = [item.caption for item, keep in zip(self.items, kept, strict=True) if keep]
+        # Half of the pictures are skin-tone variants of some 300; without weights they would
+        # take half of the training.
+        weights = np.array(
+            [0.5**item.skin_tones for item, keep in zip(self.items, kept, strict=True) if keep]
+        )
+        latents = (torch.stack([plain, second], dim=1) * scale).cpu()
+        return core.LatentSet(latents, self._tokens(captions), weights / weights.sum())
+
+    def _train_unet(self, data: core.LatentSet) -> None:
+        section = self.section
+        network = self._parallel(self.model)
+        empty_ids = self._tokens([""])[0]
+        while self.step < self.total:
+            batch = core.sample_batch(
+                data,
+                self.schedule,
+                self._rng("unet"),
+                batch_size=self._share(section.unet_batch_size),
+                caption_dropout=section.caption_dropout,
+                empty_ids=empty_ids,
+            )
+            batch = replace(
+                batch, **{name: value.to(self.device) for name, value in vars(batch).items()}
+            )
+            factor = core.warmup_and_decay(
+                self.step - section.vae_steps,
+                total=section.unet_steps,
+                warmup=section.lr_warmup_steps,
+            )
+            self._update(
+                lambda batch=batch: core.denoiser_loss(network, batch, self.schedule),
+                self.optimizer,
+                self.model.parameters(),
+                lr=section.unet_learning_rate * factor,
+                label="UNet",
+            )
+            self.ema.update_parameters(self.model)
+
+    # ------------------------------------------------------------------ one step and its state
+
+    def _update(self, loss_fn, optimizer, parameters, *, lr: float, label: str) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with torch.autocast(
+            self.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.section.mixed_precision == "bf16",
+        ):
+            loss = loss_fn()
+        if not math.isfinite(float(loss)):
+            raise FloatingPointError(f"{label} loss is {float(loss)} at step {self.step}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, self.section.max_grad_norm)
+        optimizer.step()
+        self.step += 1
+        self.losses.append(float(loss))
+        self._after_step(label)
+
+    def _after_step(self, label: str) -> None:
+        if self.rank == 0 and self.board is not None and self.throttle.ready():
+            self.board.set.remote(done=self.step, network=label, loss=self.losses[-1])
+        if self.step % self.section.logging_steps == 0:
+            mean = float(np.mean(self.losses))
+            self.losses.clear()
+            if self.rank == 0:
+                line = {"step": self.step, "network": label, "loss": mean}
+                with self.store.fs.open(self.store.path("teacher_metrics.jsonl"), "a") as file:
+                    file.write(json.dumps(line) + "\n")
+        at_end = self.step in (self.section.vae_steps, self.total)
+        if self.rank == 0 and (self.step % self.section.checkpointing_steps == 0 or at_end):
+            self._save()
+
+    def _save(self) -> None:
+        parts = {
+            "vae": dict(self.vae.state_dict()),
+            "model": dict(self.model.state_dict()),
+            "ema": dict(self.ema.state_dict()),
+            "vae_optimizer": pack_optimizer(self.vae_optimizer),
+            "optimizer": pack_optimizer(self.optimizer),
+        }
+        root = self.store.path("teacher_checkpoints")
+        state = {"scaling_factor": self.vae.config.scaling_factor}
+        save_checkpoint(self.store.fs, root, Checkpoint(self.step, parts, state))
+        prune_checkpoints(self.store.fs, root, keep=2)
+
+    def _restore(self) -> None:
+        found = load_checkpoint(self.store.fs, self.store.path("teacher_checkpoints"))
+        if found is None:
+            return
+        self.vae.load_state_dict(found.parts["vae"])
+        self.model.load_state_dict(found.parts["model"])
+        self.ema.load_state_dict(found.parts["ema"])
+        unpack_optimizer(self.vae_optimizer, found.parts["vae_optimizer"])
+        unpack_optimizer(self.optimizer, found.parts["optimizer"])
+        self.vae.register_to_config(scaling_factor=found.state["scaling_factor"])
+        self.step = found.step
+
+    def _write_pipeline(self) -> None:
+        averaged = self.ema.module
+        pipeline = StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=averaged.text_encoder,
+            tokenizer=self.pipeline.tokenizer,
+            unet=averaged.unet,
+            scheduler=self.pipeline.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.to("cpu", torch.float16).save_pretrained(self.section.output)
+
+    # ------------------------------------------------------------------ small helpers
+
+    def _rng(self, stage: str) -> np.random.Generator:
+        return np.random.default_rng(stable_seed(self.seed, stage, self.step, self.rank))
+
+    def _share(self, global_batch: int) -> int:
+        return max(1, global_batch // self.world)
+
+    def _tokens(self, captions: list[str]) -> torch.Tensor:
+        return self.pipeline.tokenizer(
+            captions, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
+
+    def _parallel(self, network: nn.Module) -> nn.Module:
+        return DistributedDataParallel(network) if self.world > 1 else network
+
+
+class _VaeLoss(nn.Module):
+    """The VAE's loss as a module, so that DDP sees one forward pass."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return core.vae_loss(self.vae, pictures, generator)
