@@ -13,7 +13,8 @@ from dmd_core.denoiser import RawNetwork
 
 # name → (diffusers class, settings that make it a deterministic ODE solver)
 SOLVERS: dict[str, tuple[str, dict]] = {
-    "ddim": ("DDIMScheduler", {}),
+    # Latents are not pictures: clipping x₀ to [−1, 1], this class's default, would be wrong.
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "dpmsolver++": (
         "DPMSolverMultistepScheduler",

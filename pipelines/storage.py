@@ -5,6 +5,7 @@ string inside a Ray call would resolve the bucket's region against AWS and fail 
 """
 
 import os
+import tempfile
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -83,3 +84,14 @@ def check_writable(store: Store) -> None:
         raise PermissionError(
             f"cannot write to {store.url}: {error}. Expected a writable folder or bucket prefix."
         ) from error
+
+
+def local_copy(store: Store) -> str:
+    """A local path with the folder's content: the folder itself, or a copy of the remote one."""
+    if is_local(store.fs):
+        return store.root
+    if not store.fs.exists(store.root):
+        raise FileNotFoundError(f"{store.url} does not exist")
+    target = tempfile.mkdtemp(prefix="dmd-copy-")
+    store.fs.get(store.root + "/", target, recursive=True)
+    return target

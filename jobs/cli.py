@@ -1,0 +1,129 @@
+"""The `dmd` command: a closed table of verbs, common options, exit codes."""
+
+import argparse
+import errno
+import importlib
+import json
+import sys
+
+from jobs.errors import Exit, JobError
+
+VERBS = {
+    "demo": "the whole journey on the shipped teacher: pairs, train, export, evaluate, report",
+    "pairs": "run the teacher over a prompt list and seal a noise-latent pair data set",
+    "train": "distil the teacher into a one-step student on the sealed pairs",
+    "export": "write the trained student as a diffusers pipeline folder",
+    "evaluate": "measure the student against its teacher on held-out prompts",
+    "report": "write one self-contained report.html",
+    "train-teacher": "train the miniature Stable Diffusion from captioned emoji pictures",
+}
+
+_EXAMPLES = """examples:
+  dmd demo                                      distil the shipped teacher on this machine
+  dmd pairs --config my.yaml --dry-run          show what would be done, and stop
+  dmd train --config my.yaml --set train.learning_rate=2e-5
+  dmd evaluate --config my.yaml --json          machine-readable results on stdout
+  python -m jobs.pairs --config my.yaml         the same as `dmd pairs`, nothing installed
+
+To resume anything, run the same command again.
+exit codes: 0 done or nothing to do, 1 a bug, 2 usage or configuration, 3 refused,
+            4 transient (try again), 5 finished with too many rejected rows"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    default = "emoji" if options.verb == "train-teacher" else "demo"
+    try:
+        return _run(options, options.config or default)
+    except JobError as error:
+        return _fail(str(error), error.code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; run the same command again to go on", Exit.TRANSIENT)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _fail(f"the disk is full ({error.filename}); free space and run again")
+        return _fail(str(error))
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        return _fail(str(error))
+    except RuntimeError as error:
+        if _is_ours(error):
+            return _fail(str(error))
+        message = _worker_failure(error)
+        if message is None:
+            raise
+        return _fail(message, Exit.BUG)
+
+
+def _run(options: argparse.Namespace, config: str) -> int:
+    from jobs.session import open_session
+
+    module = importlib.import_module(f"jobs.{options.verb.replace('-', '_')}")
+    with open_session(config, options.set, quiet=options.json) as session:
+        result = module.plan(session) if options.dry_run else module.run(session)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    elif options.dry_run:
+        for key, value in result.items():
+            print(f"{key:24} {value}")
+    return Exit.OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dmd",
+        description="Turn slow diffusion models into one-step ones (Distribution Matching "
+        "Distillation) on Ray.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
+    for name, help_text in VERBS.items():
+        verb = verbs.add_parser(
+            name,
+            help=help_text,
+            description=help_text,
+            epilog=_EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        verb.add_argument(
+            "--config", "--recipe", metavar="YAML", help="a recipe file, or the name of a shipped one"
+        )
+        verb.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="SECTION.KEY=VALUE",
+            help="override one setting; may be repeated",
+        )
+        verb.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+        verb.add_argument("--json", action="store_true", help="results as JSON on stdout, no display")
+    return parser
+
+
+def _fail(message: str, code: Exit = Exit.REFUSED) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _is_ours(error: BaseException) -> bool:
+    return type(error).__module__.split(".")[0] in ("jobs", "pipelines", "dmd_core", "cluster")
+
+
+def _worker_failure(error: RuntimeError) -> str | None:
+    """The line that matters of an error that came back from Ray's workers."""
+    if not type(error).__module__.startswith("ray."):
+        return None
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"a worker failed: {lines[-1] if lines else type(error).__name__}"
+
+
+def verb_main(verb: str) -> int:
+    """For `python -m jobs.<verb>`."""
+    return main([verb, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,117 @@
+"""What a person sees: one progress display on a terminal, one line every few seconds in a log."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_POLL_SECONDS = 0.5
+_LOG_SECONDS = 5.0
+
+
+class Display:
+    """Writes to stderr, so that `--json` results stay alone on stdout."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def done(self, text: str) -> None:
+        self.console.print(f"[green]✓[/green] {text}")
+
+    @contextmanager
+    def stage(
+        self, title: str, total: int, unit: str, read: Callable[[], tuple[int, dict[str, Any]]]
+    ) -> Iterator[None]:
+        """Show `read()` = (done, fields) until the block ends, as a bar or as lines."""
+        if self.console.quiet:
+            yield
+            return
+        watcher = self._bar if self.console.is_terminal else self._lines
+        stop = threading.Event()
+        thread = threading.Thread(target=watcher, args=(title, total, unit, read, stop), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _bar(self, title: str, total: int, unit: str, read, stop: threading.Event) -> None:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[extra]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(title, total=total, rate="", extra="")
+            rate = _Rate(unit)
+            while not stop.wait(_POLL_SECONDS):
+                done, fields = read()
+                progress.update(task, completed=done, rate=rate(done), extra=_extra(fields))
+
+    def _lines(self, title: str, total: int, unit: str, read, stop: threading.Event) -> None:
+        rate, last = _Rate(unit), -1
+        while not stop.wait(_LOG_SECONDS):
+            done, fields = read()
+            text = rate(done)
+            if done != last:
+                left = rate.seconds_left(done, total)
+                eta = "" if left is None else f", {left:.0f} s left"
+                self.say(f"{title}: {done}/{total} {text}{eta}  {_extra(fields)}".rstrip())
+                last = done
+
+
+class _Rate:
+    """Rate since the first progress, so that start-up does not count."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._start: tuple[float, int] | None = None
+        self._per_second = 0.0
+
+    def __call__(self, done: int) -> str:
+        now = time.monotonic()
+        if done == 0:
+            return "starting"
+        if self._start is None:
+            self._start = (now, done)
+        elapsed = now - self._start[0]
+        self._per_second = (done - self._start[1]) / elapsed if elapsed > 0 else 0.0
+        return f"{self._per_second:.1f} {self._unit}/s" if self._per_second else ""
+
+    def seconds_left(self, done: int, total: int) -> float | None:
+        return (total - done) / self._per_second if self._per_second else None
+
+
+def _extra(fields: dict[str, Any]) -> str:
+    shown = {k: v for k, v in fields.items() if k.startswith("loss") or k == "network"}
+    return "  ".join(
+        f"{key} {value:.3f}" if isinstance(value, float) else str(value)
+        for key, value in shown.items()
+    )
+
+
+def is_terminal() -> bool:
+    return sys.stderr.isatty()

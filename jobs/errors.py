@@ -1,0 +1,22 @@
+"""What a user can do wrong, what may be tried again, and the exit codes that say so."""
+
+import enum
+
+
+class Exit(enum.IntEnum):
+    """Exit codes of every verb."""
+
+    OK = 0  # also: nothing to do
+    BUG = 1
+    USAGE = 2  # command line or configuration
+    REFUSED = 3  # a precondition does not hold
+    TRANSIENT = 4  # try again
+    REJECTS = 5  # finished, with more rejected rows than allowed
+
+
+class JobError(RuntimeError):
+    """An error a person can act on: one paragraph, and the exit code."""
+
+    def __init__(self, message: str, code: Exit = Exit.REFUSED) -> None:
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,201 @@
+"""What every verb works with: recipe, run folder, display, and Ray when it is first needed."""
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import Any
+
+from dmd_core.files import is_local, write_atomic
+from jobs.config import Recipe, dump_recipe, load_recipe, resolve_shipped
+from jobs.display import Display
+from jobs.errors import Exit, JobError
+from pipelines.storage import Store, check_writable, local_copy, open_store
+
+_LIBRARIES = ("ray", "torch", "diffusers", "transformers", "pyarrow", "s3fs", "numpy")
+# Settings that may change when a run goes on; any other change is another run.
+_MAY_CHANGE = {
+    "ray",
+    "evaluate",
+    "train_teacher",
+    "train.max_train_steps",
+    "train.num_workers",
+    "train.use_gpu",
+    "train.cpus_per_worker",
+    "train.threads_per_worker",
+    "train.max_failures",
+    "train.checkpointing_steps",
+    "train.checkpoints_total_limit",
+    "train.validation_steps",
+    "train.num_validation_images",
+    "train.logging_steps",
+    "train.report_to",
+    "pairs.actors",
+    "pairs.cpus_per_actor",
+    "pairs.gpus_per_actor",
+    "pairs.threads_per_actor",
+}
+
+
+class Session:
+    """One invocation of a verb. Close it (a `with` block) to end an embedded Ray."""
+
+    def __init__(self, recipe: Recipe, display: Display) -> None:
+        self.recipe = recipe
+        self.display = display
+        self.store: Store = open_store(recipe.run.dir, recipe.storage)
+        self._stack = ExitStack()
+        self._ray: dict | None = None
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    # ------------------------------------------------------------------ the run folder
+
+    def open_run(self) -> None:
+        """Check the folder and write `config.yaml` and `versions.json`; refuse another run's."""
+        check_writable(self.store)
+        self._refuse_other_settings()
+        write_atomic(self.store.fs, self.store.path("config.yaml"), dump_recipe(self.recipe).encode())
+        versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+        versions |= {"python": platform.python_version(), "machine": platform.machine()}
+        self.write_json("versions.json", versions)
+
+    def write_json(self, name: str, content: Any) -> None:
+        data = json.dumps(content, indent=2).encode()
+        write_atomic(self.store.fs, self.store.path(name), data)
+
+    def read_json(self, name: str) -> Any | None:
+        path = self.store.path(name)
+        if not self.store.fs.exists(path):
+            return None
+        try:
+            return json.loads(self.store.fs.cat_file(path))
+        except ValueError as error:
+            raise JobError(f"{self.store.url}/{name} is not JSON: {error}") from error
+
+    def _refuse_other_settings(self) -> None:
+        path = self.store.path("config.yaml")
+        if not self.store.fs.exists(path):
+            return
+        import yaml
+
+        then = _flat(yaml.safe_load(self.store.fs.cat_file(path)))
+        now = _flat(yaml.safe_load(dump_recipe(self.recipe)))
+        changed = [
+            f"{key}: {then.get(key)!r} → {now.get(key)!r}"
+            for key in sorted(then.keys() | now.keys())
+            if then.get(key) != now.get(key)
+            and key not in _MAY_CHANGE
+            and key.split(".")[0] not in _MAY_CHANGE
+        ]
+        if changed and self._has_work():
+            raise JobError(
+                f"{self.store.url} holds a run with other settings ({'; '.join(changed)}). "
+                "Use another folder (--set run.dir=…), or remove that one to start afresh.",
+                Exit.REFUSED,
+            )
+
+    def _has_work(self) -> bool:
+        return any(self.store.fs.exists(self.store.path(name)) for name in ("checkpoints", "student"))
+
+    # ------------------------------------------------------------------ teacher and data
+
+    @cached_property
+    def teacher_url(self) -> str:
+        return open_store(resolve_shipped(self.recipe.teacher.path), self.recipe.storage).url
+
+    @cached_property
+    def teacher_dir(self) -> str:
+        """The teacher as a local folder, checked."""
+        from dmd_core.teacher import TeacherError, check_teacher
+
+        store = open_store(self.teacher_url, self.recipe.storage)
+        if not store.fs.exists(store.root):
+            raise TeacherError(
+                f"teacher {self.recipe.teacher.path} does not exist; expected a diffusers "
+                "pipeline folder, an s3:// URL of one, or shipped:emoji"
+            )
+        folder = local_copy(store)
+        check_teacher(folder)
+        return folder
+
+    @cached_property
+    def pairs_root(self) -> Store:
+        return open_store(self.recipe.pairs_root, self.recipe.storage)
+
+    # ------------------------------------------------------------------ Ray
+
+    def start_ray(self) -> None:
+        if self._ray is not None:
+            return
+        from cluster.local import ray_cluster
+
+        for name in ("ray", "ray.data", "ray.train"):
+            self._to_log_file(logging.getLogger(name))
+        settings = self.recipe.ray
+        self._ray = self._stack.enter_context(
+            ray_cluster(
+                address=settings.address,
+                num_cpus=settings.num_cpus,
+                object_store_bytes=settings.object_store_mb * 2**20,
+            )
+        )
+
+    @contextmanager
+    def watch(self, title: str, total: int, unit: str) -> Iterator[Any]:
+        """Yield a ProgressBoard handle for workers; show what they write on it."""
+        import ray
+        from ray.exceptions import RayError
+
+        from pipelines.progress import ProgressBoard
+
+        self.start_ray()
+        board = ProgressBoard.remote()
+        last: list[tuple[int, dict[str, Any]]] = [(0, {})]
+
+        def read() -> tuple[int, dict[str, Any]]:
+            with contextlib.suppress(RayError):  # a lost board must not end the work
+                last[0] = ray.get(board.read.remote(), timeout=10)
+            return last[0]
+
+        with self.display.stage(title, total, unit, read):
+            yield board
+
+    @property
+    def ray_logs(self) -> str | None:
+        return None if self._ray is None else self._ray["logs"]
+
+    def _to_log_file(self, logger: logging.Logger) -> None:
+        """Ray's driver-side messages: to a file of the run, not to the terminal."""
+        logger.propagate = False
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+        if is_local(self.store.fs):
+            self.store.fs.makedirs(self.store.path("logs"), exist_ok=True)
+            handler = logging.FileHandler(self.store.path("logs", "ray.log"))
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            self._stack.callback(handler.close)
+        else:
+            handler = logging.NullHandler()
+        logger.addHandler(handler)
+
+
+def open_session(config: str, overrides: list[str], *, quiet: bool = False) -> Session:
+    return Session(load_recipe(config, overrides), Display(quiet=quiet))
+
+
+def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(settings, dict):
+        return {prefix: settings}
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat

@@ -1,0 +1,77 @@
+"""`dmd train-teacher`: the miniature Stable Diffusion from captioned emoji, with Ray Train."""
+
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import Exit, JobError
+from jobs.session import Session
+
+CHECKPOINTS = "teacher_checkpoints"
+CARD = "README.md"
+
+
+def run(session: Session) -> dict[str, Any]:
+    """Train VAE and UNet, write the pipeline folder, its gallery and its model card."""
+    from dmd_core.checkpoint import committed_steps
+
+    section = _section(session)
+    session.open_run()
+    total = section.vae_steps + section.unet_steps
+    if (Path(section.output) / CARD).exists():
+        steps = committed_steps(session.store.fs, session.store.path(CHECKPOINTS))
+        if steps and steps[-1] >= total:
+            session.display.done(f"train-teacher: nothing to do, {section.output} is complete")
+            return {"teacher": section.output, "trained": False}
+    from pipelines.teacher_training import train_teacher_loop
+    from pipelines.workers import run_worker_group
+
+    with session.watch("train-teacher", total, "steps") as board:
+        run_worker_group(
+            train_teacher_loop,
+            {
+                "section": section.model_dump(),
+                "seed": session.recipe.run.seed,
+                "dir": session.store.url,
+                "storage": session.recipe.storage.model_dump(),
+                "board": board,
+            },
+            store=session.store,
+            num_workers=section.num_workers,
+            cpus_per_worker=1,
+            use_gpu=section.use_gpu,
+            max_failures=section.max_failures,
+        )
+    from pipelines.teacher_card import write_card
+
+    session.display.say("train-teacher: measuring seen and held-out captions")
+    figures = write_card(section, session.store, seed=session.recipe.run.seed)
+    session.display.done(f"train-teacher: {section.output}")
+    return {"teacher": section.output, "trained": True, **figures}
+
+
+def plan(session: Session) -> dict[str, Any]:
+    """What `run` would do; touches nothing."""
+    section = _section(session)
+    return {
+        "vae_steps": section.vae_steps,
+        "unet_steps": section.unet_steps,
+        "pictures_seen": section.vae_steps * section.vae_batch_size
+        + section.unet_steps * section.unet_batch_size,
+        "writes_to": section.output,
+    }
+
+
+def _section(session: Session):
+    section = session.recipe.train_teacher
+    output = section.output or session.store.path("teacher")
+    if output.startswith("s3://"):
+        raise JobError(
+            f"train_teacher.output is {output}; expected a local folder", Exit.USAGE
+        )
+    return section.model_copy(update={"output": output})
+
+
+if __name__ == "__main__":
+    from jobs.cli import verb_main
+
+    raise SystemExit(verb_main("train-teacher"))
