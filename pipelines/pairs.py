@@ -1,0 +1,214 @@
+"""Station 4: a pair ↔ one Parquet row. The row contract of the data set.
+
+Tensors are raw little-endian bytes of fixed size; shape and dtype stand in the column's metadata,
+and what made the file in the file's. Any pyarrow reads them, without this project:
+
+    import json, numpy as np, pyarrow.parquet as pq
+    table = pq.read_table("pairs.parquet")
+    for name in ("noise", "latent"):
+        about, raw = table.schema.field(name).metadata, b"".join(table[name].to_pylist())
+        array = np.frombuffer(raw, about[b"dtype"].decode())
+        print(name, array.reshape(-1, *json.loads(about[b"shape"])).std(axis=0))
+"""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from math import prod
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from dmd_core.types import PairBatch
+from pipelines.config import PairsSection
+from pipelines.manifest import SCHEMA_VERSION, canonical_digest, generation_folder
+
+# Raised by hand when a change of the code changes the numbers that a fingerprint stands for.
+NUMERICS_VERSION = 1
+TENSORS = ("noise", "latent")
+_DTYPES = {torch.float16: "float16", torch.float32: "float32"}
+
+
+class PairSchemaError(ValueError):
+    """A table that is not a table of pairs."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What made the pairs: two pairs with the same id and fingerprint are the same pair.
+
+    `height` and `width` in pixels; None is the teacher's own size, which its revision fixes.
+    """
+
+    teacher_revision: str
+    solver: str
+    steps: int
+    guidance_scale: float
+    negative_prompt: str
+    height: int | None
+    width: int | None
+    dtype: str
+    compute_dtype: str
+    seed: int
+    numerics_version: int = NUMERICS_VERSION
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the canonical JSON: 64 hex characters."""
+        return canonical_digest(self.as_dict())
+
+    @property
+    def folder(self) -> str:
+        """The generation's folder, relative to the data set's root."""
+        return generation_folder(self.digest)
+
+
+def fingerprint_of(section: PairsSection, teacher_revision: str) -> Fingerprint:
+    """The fingerprint of the pairs that `section` asks for."""
+    return Fingerprint(
+        teacher_revision=teacher_revision,
+        solver=section.solver,
+        steps=section.steps,
+        guidance_scale=float(section.guidance_scale),
+        negative_prompt=section.negative_prompt,
+        height=section.height,
+        width=section.width,
+        dtype=section.dtype,
+        compute_dtype=section.compute_dtype,
+        seed=section.seed,
+    )
+
+
+def library_versions() -> dict[str, str]:
+    """Provenance: recorded beside the fingerprint, and no part of it."""
+    names = ("one-step-dmd", "torch", "diffusers", "transformers", "ray", "pyarrow", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # this project, run from a checkout
+            found[name] = "not installed"
+    return found
+
+
+def pair_schema(
+    shape: Sequence[int], dtype: str, fingerprint: Fingerprint, provenance: Mapping[str, str]
+) -> pa.Schema:
+    """The schema of a file of pairs whose tensors are `shape` = (C,h,w) in `dtype`."""
+    about = {"shape": json.dumps(list(shape)), "dtype": dtype}
+    tensor = pa.binary(prod(shape) * np.dtype(dtype).itemsize)
+    return pa.schema(
+        [
+            pa.field("schema_version", pa.int16()),
+            pa.field("pair_id", pa.int64()),
+            pa.field("prompt", pa.string()),
+            pa.field("seed", pa.int64()),
+            *(pa.field(name, tensor, metadata=about) for name in TENSORS),
+        ],
+        metadata={
+            "dmd.fingerprint": json.dumps(fingerprint.as_dict(), sort_keys=True),
+            "dmd.fingerprint_digest": fingerprint.digest,
+            "dmd.provenance": json.dumps(dict(provenance), sort_keys=True),
+        },
+    )
+
+
+def encode_pairs(
+    batch: PairBatch,
+    seeds: Sequence[int],
+    *,
+    fingerprint: Fingerprint,
+    provenance: Mapping[str, str],
+) -> pa.Table:
+    """Rows of `batch`. Both tensors must have one shape and one dtype, float16 or float32."""
+    noise, latents = batch.noise, batch.latents
+    if noise.shape != latents.shape or noise.dtype != latents.dtype or noise.dtype not in _DTYPES:
+        raise PairSchemaError(
+            f"noise is {tuple(noise.shape)} {noise.dtype}, latents are {tuple(latents.shape)} "
+            f"{latents.dtype}; expected one shape and one dtype, float16 or float32"
+        )
+    schema = pair_schema(tuple(noise.shape[1:]), _DTYPES[noise.dtype], fingerprint, provenance)
+    columns = [
+        pa.array([SCHEMA_VERSION] * len(batch), pa.int16()),
+        pa.array(batch.pair_ids, pa.int64()),
+        pa.array(batch.prompts, pa.string()),
+        pa.array(seeds, pa.int64()),
+        _to_bytes(noise, schema.field("noise").type),
+        _to_bytes(latents, schema.field("latent").type),
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def decode_pairs(table: pa.Table) -> PairBatch:
+    """Inverse of `encode_pairs`, bit for bit; raises `PairSchemaError` for any other table."""
+    shape, dtype = check_schema(table.schema)
+    versions = table["schema_version"].unique().to_pylist()
+    if versions not in ([], [SCHEMA_VERSION]):
+        raise PairSchemaError(f"rows of schema version {versions}; expected {SCHEMA_VERSION}")
+    for name in table.column_names:
+        if table[name].null_count:
+            raise PairSchemaError(f"column {name!r} has {table[name].null_count} empty values")
+    return PairBatch(
+        tuple(table["pair_id"].to_pylist()),
+        tuple(table["prompt"].to_pylist()),
+        _from_bytes(table["noise"], shape, dtype),
+        _from_bytes(table["latent"], shape, dtype),
+    )
+
+
+def check_schema(found: pa.Schema) -> tuple[tuple[int, ...], str]:
+    """Check that `found` is a schema of pairs; returns (C,h,w) and the dtype of its tensors."""
+    try:
+        about = found.field("noise").metadata
+        shape, dtype = tuple(json.loads(about[b"shape"])), about[b"dtype"].decode()
+        content = json.loads(found.metadata[b"dmd.fingerprint"])
+        expected = pair_schema(shape, dtype, Fingerprint(**content), {})
+        ours = dtype in _DTYPES.values()
+    except (KeyError, TypeError, ValueError) as error:
+        expected = "noise and latent with shape and dtype, and dmd.fingerprint of the file"
+        raise _mismatch(found, expected) from error
+    same = [(field, field.metadata) for field in found] == [
+        (field, field.metadata) for field in expected
+    ]
+    digest = found.metadata.get(b"dmd.fingerprint_digest")
+    if not ours or not same or digest != expected.metadata[b"dmd.fingerprint_digest"]:
+        raise _mismatch(found, expected)
+    return shape, dtype
+
+
+def fingerprint_digest(schema: pa.Schema) -> str:
+    """The digest that a checked schema carries."""
+    return schema.metadata[b"dmd.fingerprint_digest"].decode()
+
+
+def _mismatch(found: pa.Schema, expected: pa.Schema | str) -> PairSchemaError:
+    return PairSchemaError(f"not a table of pairs.\nfound:\n{found}\nexpected:\n{expected}")
+
+
+def _to_bytes(tensor: torch.Tensor, kind: pa.DataType) -> pa.Array:
+    array = tensor.detach().cpu().contiguous().numpy()
+    little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return pa.Array.from_buffers(kind, len(array), [None, pa.py_buffer(little_endian.tobytes())])
+
+
+def _from_bytes(column: pa.ChunkedArray, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """(B, *shape), copied once out of the Arrow buffers; a slice starts inside its buffer."""
+    width, stored = column.type.byte_width, np.dtype(dtype).newbyteorder("<")
+    array = np.empty((len(column), *shape), dtype=dtype)
+    row = 0
+    for chunk in column.chunks:
+        if not len(chunk):
+            continue
+        values = np.frombuffer(
+            chunk.buffers()[1], stored, count=len(chunk) * prod(shape), offset=chunk.offset * width
+        )
+        array[row : row + len(chunk)] = values.reshape(-1, *shape)
+        row += len(chunk)
+    return torch.from_numpy(array)

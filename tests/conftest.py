@@ -1,0 +1,96 @@
+"""What the whole test session shares: one Ray, one tiny teacher, one S3 server."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Before Ray is imported anywhere: its workers inherit this environment, and with it the
+# credentials of the S3 server below.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_memory_monitor_refresh_ms": "0",
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+def pytest_configure() -> None:
+    os.environ.update(_ENVIRONMENT)
+
+
+CAPTIONS = ("a red fox", "a blue whale", "woman astronaut", "green apple", "flag of nowhere")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """An embedded Ray of 8 logical CPUs."""
+    import ray
+
+    ray.init(
+        num_cpus=8,
+        object_store_memory=256 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher_dir(tmp_path_factory) -> str:
+    """A folder with a StableDiffusionPipeline of random weights: 16×16 pixels, 4×4 latents."""
+    import torch
+
+    from dmd_core.miniature import MiniatureSize, build_miniature
+
+    size = MiniatureSize(
+        image_size=16,
+        vae_channels=(8, 8, 16),
+        unet_channels=(16, 32),
+        heads=2,
+        text_dim=16,
+        text_layers=1,
+        max_tokens=12,
+        vocabulary=300,
+        norm_groups=4,
+    )
+    torch.manual_seed(0)
+    folder = str(tmp_path_factory.mktemp("teacher") / "tiny")
+    build_miniature(size, CAPTIONS).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """The URL of an S3 server in memory."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def s3_options(s3_endpoint):
+    from pipelines.config import StorageSection
+
+    return StorageSection(endpoint_url=s3_endpoint)
+
+
+@pytest.fixture
+def s3_store(s3_options, request):
+    """An empty folder in a bucket of the S3 server."""
+    from pipelines.storage import open_store
+
+    name = request.node.name.replace("[", "-").replace("]", "").replace("_", "-").lower()
+    store = open_store(f"s3://{name[:60]}/set", s3_options)
+    store.fs.mkdir(name[:60])
+    return store
