@@ -1,0 +1,198 @@
+"""Station 9: the systems that are compared — teacher, student and baselines on the same noise.
+
+Every system gets the same held-out prompts and the same ε per prompt; only `teacher_again` draws
+other noise, as the independent reference. Nothing here needs Ray.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from dmd_core.features import latent_features
+from dmd_core.noise import sample_noise, stable_seed
+from dmd_core.ode import make_scheduler
+from dmd_core.student import OneStepStudent
+from dmd_core.teacher import load_teacher
+from pipelines.config import EvaluateSection, PairsSection, StorageSection
+from pipelines.storage import local_copy, open_store
+
+TEACHER, TEACHER_AGAIN, START, STUDENT, MEAN = (
+    "teacher",
+    "teacher_again",
+    "start",
+    "student",
+    "mean",
+)
+
+
+def few_step_name(steps: int) -> str:
+    return f"teacher_{steps}"
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """How each system is sampled. The teacher is run as it was for the pairs."""
+
+    seed: int
+    solver: str
+    steps: int
+    guidance_scale: float
+    negative_prompt: str
+    height: int | None
+    width: int | None
+    few_steps: tuple[int, ...]
+    compute_dtype: str
+    batch_size: int
+
+    @staticmethod
+    def from_sections(section: EvaluateSection, pairs: PairsSection) -> "SamplingPlan":
+        steps = section.teacher_steps or pairs.steps
+        return SamplingPlan(
+            seed=section.seed,
+            solver=pairs.solver,
+            steps=steps,
+            guidance_scale=pairs.guidance_scale,
+            negative_prompt=pairs.negative_prompt,
+            height=pairs.height,
+            width=pairs.width,
+            few_steps=tuple(n for n in dict.fromkeys(section.few_steps) if n != steps),
+            compute_dtype=pairs.compute_dtype,
+            batch_size=section.batch_size,
+        )
+
+    def seeds(self, system: str, prompts: tuple[str, ...]) -> list[int]:
+        """The noise seed of each prompt: one for all systems, another for the reference draw."""
+        purpose = "evaluate again" if system == TEACHER_AGAIN else "evaluate"
+        return [stable_seed(purpose, self.seed, prompt) for prompt in prompts]
+
+    def few(self) -> dict[str, int]:
+        """The few-step baselines and their steps."""
+        return {few_step_name(steps): steps for steps in self.few_steps}
+
+    def teacher_steps(self) -> dict[str, int]:
+        """Solver steps of every system that runs the teacher's solver."""
+        return {TEACHER: self.steps, TEACHER_AGAIN: self.steps} | self.few()
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Where a worker finds the networks: a path or URL each. `mean` is (C,h,w), or None."""
+
+    teacher: str
+    student: str
+    storage: StorageSection
+    mean: np.ndarray | None = None
+    device: str = "cpu"
+    threads: int | None = None
+
+    def local(self) -> "Networks":
+        """The same, on this machine's disk."""
+        teacher, student = (
+            local_copy(open_store(url, self.storage)) for url in (self.teacher, self.student)
+        )
+        return replace(self, teacher=teacher, student=student)
+
+
+@dataclass(frozen=True)
+class Images:
+    """One system's output. Row i belongs to prompts[i]: latents (N,C,h,w) float32, pictures
+    (N,H,W,3) uint8, features (N,d) float32."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    latents: np.ndarray
+    pictures: np.ndarray
+    features: np.ndarray
+
+
+def network_evaluations(plan: SamplingPlan, scheduler_config: dict, system: str) -> int:
+    """Forward passes of the UNet for one picture of `system`; guidance doubles them."""
+    if system in (START, STUDENT, MEAN):
+        return 0 if system == MEAN else 1
+    scheduler = make_scheduler(plan.solver, scheduler_config)
+    scheduler.set_timesteps(plan.teacher_steps()[system])
+    return len(scheduler.timesteps) * (2 if plan.guidance_scale > 1.0 else 1)
+
+
+class SystemSampler:
+    """Samples any system; works without Ray. Networks must be local folders."""
+
+    def __init__(self, plan: SamplingPlan, networks: Networks) -> None:
+        self.plan = plan
+        self.teacher = load_teacher(networks.teacher, device=networks.device)
+        self.shape = self.teacher.latent_shape(plan.height, plan.width)
+        self.mean = networks.mean
+        self._student_path, self._student = networks.student, None
+
+    def __call__(self, system: str, prompts: tuple[str, ...], seeds: list[int]) -> Images:
+        """Pictures of `system`. ε is rounded to float16, as the pairs' noise is."""
+        eps = sample_noise(seeds, self.shape, torch.float16).float()
+        if system == MEAN:
+            latents, pictures = self._mean_picture(len(prompts))
+        elif system == STUDENT:
+            latents, pictures = self._sample_student(eps, prompts)
+        else:
+            solved = (
+                self._start(eps, prompts) if system == START else self._solve(system, eps, prompts)
+            )
+            latents, pictures = solved.cpu().numpy(), self.teacher.decode(solved)
+        features = latent_features(self.teacher.pipeline.vae, pictures)
+        return Images(tuple(prompts), tuple(seeds), latents, pictures, features)
+
+    def _solve(self, system: str, eps: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
+        plan = self.plan
+        return self.teacher.solve(
+            eps,
+            prompts,
+            solver=plan.solver,
+            steps=plan.teacher_steps()[system],
+            guidance_scale=plan.guidance_scale,
+            negative_prompt=plan.negative_prompt,
+            compute_dtype=getattr(torch, plan.compute_dtype),
+        )
+
+    @torch.no_grad()
+    def _start(self, eps: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
+        """The student before training: the teacher's UNet, called as the student calls it."""
+        student = OneStepStudent(self.teacher.denoiser())
+        return student(eps.to(self.teacher.device), self.teacher.encode_prompts(prompts))
+
+    @torch.no_grad()
+    def _sample_student(
+        self, eps: torch.Tensor, prompts: tuple[str, ...]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The exported folder through plain diffusers, as its user would call it."""
+        if self._student is None:
+            self._student = load_plainly(self._student_path, self.teacher.device)
+        pipeline = self._student
+        latents = pipeline(
+            list(prompts),
+            latents=eps.to(self.teacher.device),
+            num_inference_steps=1,
+            guidance_scale=0,
+            output_type="latent",
+        ).images
+        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
+        pictures = pipeline.image_processor.postprocess(decoded, output_type="np")
+        return latents.float().cpu().numpy(), (pictures * 255).round().astype(np.uint8)
+
+    def _mean_picture(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same picture for every prompt: the mean of the training latents, decoded once."""
+        if self.mean is None or self.mean.shape != self.shape:
+            found = None if self.mean is None else self.mean.shape
+            raise ValueError(f"mean latent has shape {found}; expected {self.shape}")
+        mean = self.mean[None].astype(np.float32)
+        picture = self.teacher.decode(torch.from_numpy(mean))
+        return mean.repeat(count, axis=0), picture.repeat(count, axis=0)
+
+
+def load_plainly(path: str, device: str | torch.device) -> Any:
+    """A pipeline folder by plain diffusers, nothing of ours: what its user would have."""
+    pipeline = DiffusionPipeline.from_pretrained(
+        path, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)

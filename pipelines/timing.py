@@ -1,0 +1,141 @@
+"""Station 9: seconds and joules per picture, as a user of the two pipelines would see them.
+
+One picture at a time through `StableDiffusionPipeline.__call__`: prompt encoding, network
+evaluations and decoding. The one place in the library that reads the wall clock, because here it
+is the instrument.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dmd_core.noise import sample_noise
+from dmd_core.ode import make_scheduler
+from pipelines.systems import STUDENT, TEACHER, Networks, SamplingPlan, load_plainly
+from pipelines.workers import set_threads
+
+_WARM_UP = 2
+# NVML updates its energy counter about every 100 ms, so one short picture cannot be measured.
+_ENERGY_SECONDS = 2.0
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Per picture, over `repeats` pictures."""
+
+    median: float
+    min: float
+    max: float
+    repeats: int
+
+
+def measure_speed(
+    plan: SamplingPlan, networks: Networks, prompts: tuple[str, ...], repeats: int
+) -> dict[str, Any]:
+    """Seconds per picture of each system, speed-up, and energy, as plain JSON values.
+
+    Systems take turns, so that a machine that slows down slows all of them.
+    """
+    set_threads(networks.threads)
+    makers = _picture_makers(plan, networks.local())
+    for make in makers.values():
+        for _ in range(_WARM_UP):
+            make(prompts[0])
+    taken: dict[str, list[float]] = {system: [] for system in makers}
+    for repeat in range(repeats):
+        for system, make in makers.items():
+            started = time.perf_counter()
+            make(prompts[repeat % len(prompts)])
+            taken[system].append(time.perf_counter() - started)
+    seconds = {
+        system: Seconds(statistics.median(values), min(values), max(values), repeats)
+        for system, values in taken.items()
+    }
+    return {
+        "seconds_per_picture": {system: asdict(value) for system, value in seconds.items()},
+        "speed_up": seconds[TEACHER].median / seconds[STUDENT].median,
+        "batch_size": 1,
+        "threads": torch.get_num_threads(),
+        "device": _device_name(networks.device),
+        "joules_per_picture": measure_energy(makers, prompts[0], nvml_counter(networks.device)),
+    }
+
+
+def measure_energy(
+    makers: dict[str, Callable[[str], Any]], prompt: str, counter: Callable[[], float] | str
+) -> dict[str, Any]:
+    """System → joules per picture. `counter()` reads joules so far; a string says why there is
+    none."""
+    if isinstance(counter, str):
+        return {"value": NOT_MEASURED, "reason": counter}
+    joules = {}
+    for system in (TEACHER, STUDENT):
+        pictures, started, before = 0, time.perf_counter(), counter()
+        while pictures == 0 or time.perf_counter() - started < _ENERGY_SECONDS:
+            makers[system](prompt)
+            pictures += 1
+        joules[system] = (counter() - before) / pictures
+    return {"value": joules, "source": "NVML total energy of the whole GPU"}
+
+
+def nvml_counter(device: str) -> Callable[[], float] | str:
+    """Joules the GPU has used so far, or the reason why that cannot be read."""
+    if torch.device(device).type != "cuda":
+        return f"no energy counter is read on {torch.device(device).type}"
+    try:
+        import pynvml  # pyright: ignore[reportMissingImports] (an extra)
+    except ImportError:
+        return "nvidia-ml-py is not installed (pip install one-step-dmd[eval])"
+    try:
+        pynvml.nvmlInit()
+        # By its id, not its number: CUDA_VISIBLE_DEVICES renumbers devices, NVML does not.
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError as error:
+        return f"NVML: {error}"
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000.0  # from millijoules
+
+
+def _picture_makers(plan: SamplingPlan, local: Networks) -> dict[str, Callable[[str], Any]]:
+    """System → a call that makes one picture of a prompt."""
+    teacher = load_plainly(local.teacher, local.device)
+    teacher.scheduler = make_scheduler(plan.solver, teacher.scheduler.config)
+    teacher.safety_checker = None  # the student has none; neither may pay for one
+    student = load_plainly(local.student, local.device)
+    factor, own = teacher.vae_scale_factor, teacher.unet.config.sample_size
+    size = {
+        "height": plan.height or own * factor,
+        "width": plan.width or own * factor,
+    }
+    shape = (teacher.unet.config.in_channels, size["height"] // factor, size["width"] // factor)
+    latents = sample_noise([plan.seed], shape, torch.float16).float().to(local.device)
+
+    def make(pipeline: Any, steps: int, guidance_scale: float) -> Callable[[str], Any]:
+        def call(prompt: str) -> Any:
+            return pipeline(
+                prompt,
+                negative_prompt=plan.negative_prompt if guidance_scale > 1 else None,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                latents=latents,
+                output_type="np",  # on the CPU, so a GPU has finished when the call returns
+                **size,
+            ).images
+
+        return call
+
+    steps = {TEACHER: plan.steps} | plan.few()
+    makers = {name: make(teacher, n, plan.guidance_scale) for name, n in steps.items()}
+    return makers | {STUDENT: make(student, 1, 0.0)}
+
+
+def _device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return device
