@@ -7,11 +7,8 @@ from contextlib import contextmanager
 import ray
 
 
-
 @contextmanager
-def ray_cluster(
-    *, address: str | None, num_cpus: int, object_store_bytes: int
-) -> Iterator[dict]:
+def ray_cluster(*, address: str | None, num_cpus: int, object_store_bytes: int) -> Iterator[dict]:
     """Connect to `address`; else to the cluster of this Ray job; else start an embedded Ray.
 
     Yields {"address", "logs"}. An embedded Ray never joins another Ray of the machine and ends

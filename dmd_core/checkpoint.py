@@ -90,7 +90,7 @@ def load_checkpoint(
 
 
 def prune_checkpoints(fs: AbstractFileSystem, root: str, keep: int) -> None:
-    """Keep the newest `keep` checkpoints. The marker goes first, so that no half one is believed."""
+    """Keep the newest `keep`. The marker goes first, so that no half one is believed."""
     for step in committed_steps(fs, root)[:-keep]:
         path = checkpoint_path(root, step)
         fs.rm_file(join(path, MARKER))

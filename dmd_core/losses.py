@@ -17,9 +17,7 @@ def _mean(values: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def dmd_gradient(
-    x: torch.Tensor, x0_real: torch.Tensor, x0_fake: torch.Tensor
-) -> torch.Tensor:
+def dmd_gradient(x: torch.Tensor, x0_real: torch.Tensor, x0_fake: torch.Tensor) -> torch.Tensor:
     """The distribution-matching gradient g = (x̂_fake − x̂_real) / mean|x − x̂_real|, (B,C,H,W).
 
     Eq. 7 and 8 with both scores written as x₀-predictions: s = −(x_t − α_t x̂₀)/σ_t², so

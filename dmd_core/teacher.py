@@ -154,10 +154,14 @@ def check_teacher(path: str) -> None:
         )
     for part in _PARTS:
         if not (folder / part).is_dir():
-            raise TeacherError(f"teacher {path} has no folder {part}/; expected {', '.join(_PARTS)}")
+            raise TeacherError(
+                f"teacher {path} has no folder {part}/; expected {', '.join(_PARTS)}"
+            )
     for part in ("vae", "text_encoder", "unet"):
         if not any((folder / part).glob("*.safetensors")):
-            raise TeacherError(f"teacher {path} has no {part}/*.safetensors (only safetensors load)")
+            raise TeacherError(
+                f"teacher {path} has no {part}/*.safetensors (only safetensors are loaded)"
+            )
 
 
 def teacher_revision(path: str) -> str:

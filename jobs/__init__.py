@@ -10,7 +10,6 @@ _QUIET = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # workers stay where the user's relative paths are right
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_enable_open_telemetry": "0",
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

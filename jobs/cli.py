@@ -89,7 +89,10 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         verb.add_argument(
-            "--config", "--recipe", metavar="YAML", help="a recipe file, or the name of a shipped one"
+            "--config",
+            "--recipe",
+            metavar="YAML",
+            help="a recipe file, or the name of a shipped one",
         )
         verb.add_argument(
             "--set",
@@ -99,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
             help="override one setting; may be repeated",
         )
         verb.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-        verb.add_argument("--json", action="store_true", help="results as JSON on stdout, no display")
+        verb.add_argument(
+            "--json", action="store_true", help="results as JSON on stdout, no display"
+        )
     return parser
 
 

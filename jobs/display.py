@@ -1,5 +1,6 @@
 """What a person sees: one progress display on a terminal, one line every few seconds in a log."""
 
+import os
 import sys
 import threading
 import time
@@ -23,10 +24,15 @@ _LOG_SECONDS = 5.0
 
 
 class Display:
-    """Writes to stderr, so that `--json` results stay alone on stdout."""
+    """Writes to stderr, so that `--json` results stay alone on stdout.
+
+    To the stderr that the process was started with: later that descriptor leads to a log file
+    while Ray runs (jobs.quiet).
+    """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        stream = os.fdopen(os.dup(sys.__stderr__.fileno()), "w", buffering=1)
+        self.console = Console(file=stream, quiet=quiet, highlight=False)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
@@ -44,7 +50,9 @@ class Display:
             return
         watcher = self._bar if self.console.is_terminal else self._lines
         stop = threading.Event()
-        thread = threading.Thread(target=watcher, args=(title, total, unit, read, stop), daemon=True)
+        thread = threading.Thread(
+            target=watcher, args=(title, total, unit, read, stop), daemon=True
+        )
         thread.start()
         try:
             yield
@@ -111,7 +119,3 @@ def _extra(fields: dict[str, Any]) -> str:
         f"{key} {value:.3f}" if isinstance(value, float) else str(value)
         for key, value in shown.items()
     )
-
-
-def is_terminal() -> bool:
-    return sys.stderr.isatty()

@@ -96,7 +96,9 @@ def _measure(session: Session, section: PairsSection) -> tuple[float, int]:
 
 def _describe(manifest: Manifest, session: Session) -> str:
     rejected = f", {manifest.rejected} rejected" if manifest.rejected else ""
-    return f"{manifest.rows} pairs{rejected} in {session.pairs_root.url} (version {manifest.version})"
+    return (
+        f"{manifest.rows} pairs{rejected} in {session.pairs_root.url} (version {manifest.version})"
+    )
 
 
 def _summary(manifest: Manifest, session: Session, *, generated: bool) -> dict[str, Any]:

@@ -3,17 +3,19 @@
 import contextlib
 import importlib.metadata
 import json
-import logging
 import platform
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from dmd_core.files import is_local, write_atomic
 from jobs.config import Recipe, dump_recipe, load_recipe, resolve_shipped
 from jobs.display import Display
 from jobs.errors import Exit, JobError
+from jobs.quiet import redirected_output
 from pipelines.storage import Store, check_writable, local_copy, open_store
 
 _LIBRARIES = ("ray", "torch", "diffusers", "transformers", "pyarrow", "s3fs", "numpy")
@@ -63,7 +65,9 @@ class Session:
         """Check the folder and write `config.yaml` and `versions.json`; refuse another run's."""
         check_writable(self.store)
         self._refuse_other_settings()
-        write_atomic(self.store.fs, self.store.path("config.yaml"), dump_recipe(self.recipe).encode())
+        write_atomic(
+            self.store.fs, self.store.path("config.yaml"), dump_recipe(self.recipe).encode()
+        )
         versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
         versions |= {"python": platform.python_version(), "machine": platform.machine()}
         self.write_json("versions.json", versions)
@@ -104,7 +108,9 @@ class Session:
             )
 
     def _has_work(self) -> bool:
-        return any(self.store.fs.exists(self.store.path(name)) for name in ("checkpoints", "student"))
+        return any(
+            self.store.fs.exists(self.store.path(name)) for name in ("checkpoints", "student")
+        )
 
     # ------------------------------------------------------------------ teacher and data
 
@@ -138,8 +144,7 @@ class Session:
             return
         from cluster.local import ray_cluster
 
-        for name in ("ray", "ray.data", "ray.train"):
-            self._to_log_file(logging.getLogger(name))
+        self._stack.enter_context(redirected_output(self._log_path()))
         settings = self.recipe.ray
         self._ray = self._stack.enter_context(
             ray_cluster(
@@ -173,19 +178,11 @@ class Session:
     def ray_logs(self) -> str | None:
         return None if self._ray is None else self._ray["logs"]
 
-    def _to_log_file(self, logger: logging.Logger) -> None:
-        """Ray's driver-side messages: to a file of the run, not to the terminal."""
-        logger.propagate = False
-        for handler in list(logger.handlers):
-            logger.removeHandler(handler)
+    def _log_path(self) -> str:
+        """Where Ray's driver-side messages go: a file of the run, or of this machine."""
         if is_local(self.store.fs):
-            self.store.fs.makedirs(self.store.path("logs"), exist_ok=True)
-            handler = logging.FileHandler(self.store.path("logs", "ray.log"))
-            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-            self._stack.callback(handler.close)
-        else:
-            handler = logging.NullHandler()
-        logger.addHandler(handler)
+            return self.store.path("logs", "ray.log")
+        return str(Path(tempfile.mkdtemp(prefix="dmd-logs-")) / "ray.log")
 
 
 def open_session(config: str, overrides: list[str], *, quiet: bool = False) -> Session:

@@ -65,9 +65,7 @@ def _section(session: Session):
     section = session.recipe.train_teacher
     output = section.output or session.store.path("teacher")
     if output.startswith("s3://"):
-        raise JobError(
-            f"train_teacher.output is {output}; expected a local folder", Exit.USAGE
-        )
+        raise JobError(f"train_teacher.output is {output}; expected a local folder", Exit.USAGE)
     return section.model_copy(update={"output": output})
 
 

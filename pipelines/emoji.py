@@ -17,7 +17,8 @@ SKIN_TONES = frozenset("\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff")
 _DIRECTED = frozenset(
     "left right leftwards rightwards left-facing right-facing left-pointing right-pointing "
     "clockwise anticlockwise counterclockwise arrow o’clock thirty button flag keycap letter "
-    "letters numbers symbols symbol latin input hand ABC alphabet question exclamation mark sign".split()
+    "letters numbers symbols symbol latin input hand ABC alphabet question exclamation mark "
+    "sign".split()
 )
 HELD_OUT_SHARE = 0.05
 

@@ -108,7 +108,10 @@ def test_optimizer_state_round_trips_bitwise():
 
 
 def test_optimizer_state_of_another_network_is_refused():
-    one, two = torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    one, two = (
+        torch.nn.Linear(2, 2),
+        torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)),
+    )
     optimizer = torch.optim.AdamW(two.parameters())
     two(torch.ones(1, 2)).sum().backward()
     optimizer.step()

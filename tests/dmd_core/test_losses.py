@@ -88,7 +88,10 @@ def test_regression_losses():
     torch.testing.assert_close(regression_loss(x, y, "l2"), (x - y).square().mean((1, 2, 3)))
     small = 1e-2 * torch.randn(3, 4, 4, 4)
     torch.testing.assert_close(
-        regression_loss(y + small, y, "huber"), 0.5 * small.square().mean((1, 2, 3)), rtol=1e-3, atol=0
+        regression_loss(y + small, y, "huber"),
+        0.5 * small.square().mean((1, 2, 3)),
+        rtol=1e-3,
+        atol=0,
     )
     with pytest.raises(ValueError, match="lpips"):
         regression_loss(x, y, "lpips")

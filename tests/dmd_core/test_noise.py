@@ -26,7 +26,12 @@ def test_noise_of_a_seed_never_changes():
     torch.testing.assert_close(first, golden, rtol=0, atol=1e-12)
 
 
-GOLDEN: list[float] = [0.21200911692005905, 0.38481418573804543, -0.9098279931007017, 0.6029871522479049]
+GOLDEN: list[float] = [
+    0.21200911692005905,
+    0.38481418573804543,
+    -0.9098279931007017,
+    0.6029871522479049,
+]
 
 
 def test_noise_is_standard_normal_and_uncorrelated_between_neighbouring_seeds():

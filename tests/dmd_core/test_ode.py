@@ -1,5 +1,7 @@
 """Station 3. Oracles: the exact ODE of a Gaussian, and the family's own diffusers pipeline."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -50,7 +52,7 @@ def test_error_falls_towards_the_closed_form(solver, prediction_type):
 def test_ddim_is_first_order():
     # Ended at the first time of the grid: with a last step to σ = 0 no solver shows its order.
     errors = [_error("ddim", steps, set_alpha_to_one=False) for steps in (125, 250, 500)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in pairwise(errors):
         assert 1.7 < coarse / fine < 2.5
 
 

@@ -1,0 +1,47 @@
+"""`dmd demo`: the whole journey on the shipped teacher, on this machine.
+
+Each station is the verb of its own; what is finished is skipped, so a killed demo goes on when it
+is started again.
+"""
+
+import time
+from typing import Any
+
+from jobs import evaluate, export, pairs, report, train
+from jobs.session import Session
+
+STATIONS = (pairs, train, export, evaluate, report)
+
+
+def run(session: Session) -> dict[str, Any]:
+    """Pairs, train, export, evaluate, report; returns where the results lie."""
+    started = time.monotonic()
+    results = {station.__name__.rsplit(".", 1)[-1]: station.run(session) for station in STATIONS}
+    student, page = results["export"]["student"], results["report"]["report"]
+    session.display.say(
+        f"\nfinished in {time.monotonic() - started:.0f} s\n"
+        f"  report   {page}\n"
+        f"  student  {student}\n\n"
+        "Make a picture with it (plain diffusers, one network evaluation):\n"
+        f"  {picture_command(student)}\n"
+    )
+    return {"student": student, "report": page}
+
+
+def plan(session: Session) -> dict[str, Any]:
+    """The plans of all stations."""
+    return {station.__name__.rsplit(".", 1)[-1]: station.plan(session) for station in STATIONS}
+
+
+def picture_command(student: str) -> str:
+    return (
+        'python -c "from diffusers import DiffusionPipeline; '
+        f"DiffusionPipeline.from_pretrained('{student}')"
+        "('fox', num_inference_steps=1, guidance_scale=0).images[0].save('fox.png')\""
+    )
+
+
+if __name__ == "__main__":
+    from jobs.cli import verb_main
+
+    raise SystemExit(verb_main("demo"))

@@ -1,0 +1,72 @@
+"""Bad configuration is refused before anything starts, with the key and what was expected."""
+
+import pytest
+
+from jobs.config import load_recipe, shipped_recipes
+from jobs.errors import Exit, JobError
+
+
+def _error(tmp_path, text: str, *overrides: str) -> str:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    with pytest.raises(JobError) as caught:
+        load_recipe(str(recipe), list(overrides))
+    assert caught.value.code == Exit.USAGE
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_is_valid(name):
+    load_recipe(name, [])
+
+
+def test_a_misspelt_key_names_its_nearest(tmp_path):
+    message = _error(tmp_path, "train:\n  learning_rat: 1e-5\n")
+    assert "train.learning_rat" in message and "did you mean train.learning_rate?" in message
+
+
+def test_an_unknown_section_lists_the_sections(tmp_path):
+    assert "evaluate" in _error(tmp_path, "evaluation_of_everything: {}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train: {t_min_fraction: 0.9, t_max_fraction: 0.5}", "t_min_fraction (0.9) must be below"),
+        ("train: {lambda_reg: 0.5, regression_batch_size: 0}", "needs regression_batch_size"),
+        ("train: {dm_weight: 0, lambda_reg: 0}", "nothing to train"),
+        ("train: {num_workers: 8, train_batch_size: 4}", "at least num_workers"),
+        ("train: {learning_rate: -1}", "train.learning_rate"),
+        ("pairs: {solver: euler_ancestral}", "pairs.solver"),
+        ("pairs: {batch_size: 10, rows_per_block: 64}", "multiple of"),
+        ("pairs: {steps: fifty}", "'fifty'"),
+    ],
+)
+def test_impossible_values_name_the_key_and_the_value(tmp_path, text, expected):
+    assert expected in _error(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train: {a: 1, a: 2}", "given twice"),
+        ("- a\n- b\n", "no settings"),
+        ("train: [", "not valid YAML"),
+        ("x: !!python/object/apply:os.system [true]", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path, text, expected):
+    assert expected in _error(tmp_path, text)
+
+
+def test_missing_recipe_lists_the_shipped_ones():
+    with pytest.raises(JobError, match="demo"):
+        load_recipe("nonesuch", [])
+
+
+def test_overrides(tmp_path):
+    recipe = load_recipe("demo", ["train.learning_rate=1e-3", "pairs.steps=7"])
+    # YAML 1.1 reads 1e-3 as a string; pydantic makes it the number that was meant.
+    assert recipe.train.learning_rate == 1e-3 and recipe.pairs.steps == 7
+    assert "--set" in _error(tmp_path, "run: {}", "train.learning_rate")
+    assert "not a section" in _error(tmp_path, "run: {dir: here}", "run.dir.x=1")
