@@ -32,6 +32,7 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     ray.init(
+        address="local",  # never another Ray of this machine
         num_cpus=8,
         object_store_memory=256 << 20,
         include_dashboard=False,
