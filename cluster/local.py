@@ -8,26 +8,30 @@ import ray
 
 
 @contextmanager
-def ray_cluster(*, address: str | None, num_cpus: int, object_store_bytes: int) -> Iterator[dict]:
+def ray_cluster(
+    *, address: str | None, num_cpus: int, object_store_bytes: int
+) -> Iterator[str | None]:
     """Connect to `address`; else to the cluster of this Ray job; else start an embedded Ray.
 
-    Yields {"address", "logs"}. An embedded Ray never joins another Ray of the machine and ends
-    with the block; worker output goes to its log folder, not to the terminal.
+    Yields the folder of Ray's logs, where worker output goes instead of the terminal; None when a
+    Ray that this process had already started is used, which is left running. An embedded Ray never
+    joins another Ray of the machine and ends with the block.
     """
-    inside_job = "RAY_ADDRESS" in os.environ
+    if ray.is_initialized():
+        yield None
+        return
     options: dict = {"log_to_driver": False, "configure_logging": False}
-    if address is None and not inside_job:
+    if address is not None:
+        options["address"] = address
+    elif "RAY_ADDRESS" not in os.environ:
         options |= {
             "address": "local",
             "num_cpus": num_cpus,
             "object_store_memory": object_store_bytes,
             "include_dashboard": False,
         }
-    elif address is not None:
-        options["address"] = address
     context = ray.init(**options)
-    info = context.address_info
     try:
-        yield {"address": info.get("address"), "logs": os.path.join(info["session_dir"], "logs")}
+        yield os.path.join(context.address_info["session_dir"], "logs")
     finally:
         ray.shutdown()

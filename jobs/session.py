@@ -51,7 +51,8 @@ class Session:
         self.display = display
         self.store: Store = open_store(recipe.run.dir, recipe.storage)
         self._stack = ExitStack()
-        self._ray: dict | None = None
+        self._ray_started = False
+        self.ray_logs: str | None = None
 
     def __enter__(self) -> "Session":
         return self
@@ -140,19 +141,20 @@ class Session:
     # ------------------------------------------------------------------ Ray
 
     def start_ray(self) -> None:
-        if self._ray is not None:
+        if self._ray_started:
             return
         from cluster.local import ray_cluster
 
         self._stack.enter_context(redirected_output(self._log_path()))
         settings = self.recipe.ray
-        self._ray = self._stack.enter_context(
+        self.ray_logs = self._stack.enter_context(
             ray_cluster(
                 address=settings.address,
                 num_cpus=settings.num_cpus,
                 object_store_bytes=settings.object_store_mb * 2**20,
             )
         )
+        self._ray_started = True
 
     @contextmanager
     def watch(self, title: str, total: int, unit: str) -> Iterator[Any]:
@@ -173,10 +175,6 @@ class Session:
 
         with self.display.stage(title, total, unit, read):
             yield board
-
-    @property
-    def ray_logs(self) -> str | None:
-        return None if self._ray is None else self._ray["logs"]
 
     def _log_path(self) -> str:
         """Where Ray's driver-side messages go: a file of the run, or of this machine."""

@@ -10,15 +10,17 @@ from pipelines.storage import Store
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run, one line per logged step, and TensorBoard events beside it.
+    """The JSON lines of a run, one line per logged step, and TensorBoard events beside it.
 
     An object store has no append, so the file is rewritten whole (some megabytes for a long run);
     `flush` decides when. Lines after `resume_step` belong to work that was lost, and go.
     """
 
-    def __init__(self, store: Store, *, resume_step: int, tensorboard: bool) -> None:
+    def __init__(
+        self, store: Store, name: str = "metrics.jsonl", *, resume_step: int, tensorboard: bool
+    ) -> None:
         self._store = store
-        self._path = store.path("metrics.jsonl")
+        self._path = store.path(name)
         self._lines = [line for line in self._read() if line["step"] <= resume_step]
         self._writer = None
         if tensorboard:

@@ -5,7 +5,6 @@ text encoder. Every random number is keyed by (seed, stage, step, rank), so a re
 as an undisturbed one would.
 """
 
-import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -32,6 +31,7 @@ from dmd_core.noise import stable_seed
 from dmd_core.schedule import Schedule
 from pipelines import emoji
 from pipelines.config import StorageSection, TeacherTrainSection
+from pipelines.metrics_log import MetricsLog
 from pipelines.progress import Throttle
 from pipelines.storage import Store, open_store
 from pipelines.workers import set_threads
@@ -83,6 +83,9 @@ class _TeacherRun:
 
     def run(self) -> None:
         self._restore()
+        self.log = MetricsLog(
+            self.store, "teacher_metrics.jsonl", resume_step=self.step, tensorboard=False
+        )
         pictures = emoji.load_pictures(self.items, self.section.image_size)
         kept = ~np.asarray(self.held_out)
         if self.step < self.section.vae_steps:
@@ -193,10 +196,7 @@ class _TeacherRun:
         if self.step % self.section.logging_steps == 0:
             mean = float(np.mean(self.losses))
             self.losses.clear()
-            if self.rank == 0:
-                line = {"step": self.step, "network": label, "loss": mean}
-                with self.store.fs.open(self.store.path("teacher_metrics.jsonl"), "a") as file:
-                    file.write(json.dumps(line) + "\n")
+            self.log.append({"step": self.step, f"loss_{label.lower()}": mean})
         at_end = self.step in (self.section.vae_steps, self.total)
         if self.rank == 0 and (self.step % self.section.checkpointing_steps == 0 or at_end):
             self._save()
@@ -209,6 +209,7 @@ class _TeacherRun:
             "vae_optimizer": pack_optimizer(self.vae_optimizer),
             "optimizer": pack_optimizer(self.optimizer),
         }
+        self.log.flush()
         root = self.store.path("teacher_checkpoints")
         state = {"scaling_factor": self.vae.config.scaling_factor}
         save_checkpoint(self.store.fs, root, Checkpoint(self.step, parts, state))

@@ -1,0 +1,118 @@
+"""Stations 5-7 on real Ray Train: an interrupted run equals an undisturbed one, bit for bit, and
+two workers see what one sees."""
+
+import io
+import json
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from dmd_core.checkpoint import Checkpoint, committed_steps, load_checkpoint
+from dmd_core.files import write_atomic
+from dmd_core.noise import sample_noise
+from dmd_core.teacher import load_teacher, teacher_revision
+from dmd_core.types import PairBatch
+from pipelines.config import PairsSection, StorageSection, TrainSection
+from pipelines.manifest import Manifest
+from pipelines.pairs import encode_pairs, fingerprint_of
+from pipelines.seal import seal_generation
+from pipelines.storage import Store, open_store
+from pipelines.training import CHECKPOINTS, train_loop
+from pipelines.workers import run_worker_group
+from tests.pipelines.made_pairs import land_ids
+
+ROWS = 24
+PAIRS = PairsSection(steps=4, guidance_scale=2.0, batch_size=8, rows_per_block=8)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, tiny_teacher_dir) -> tuple[Store, Manifest]:
+    """A sealed data set of the tiny teacher's shape, made without Ray."""
+    root = open_store(str(tmp_path_factory.mktemp("pairs")))
+    teacher = load_teacher(tiny_teacher_dir)
+    fingerprint = fingerprint_of(PAIRS, teacher_revision(tiny_teacher_dir))
+    ids = list(range(1, ROWS + 1))
+    noise = sample_noise(ids, teacher.latent_shape(), torch.float16)
+    batch = PairBatch(tuple(ids), tuple(f"prompt {i}" for i in ids), noise, (noise * 0.5).half())
+    buffer = io.BytesIO()
+    table = encode_pairs(batch, ids, fingerprint=fingerprint, provenance={})
+    pq.write_table(table, buffer, row_group_size=5)
+    write_atomic(root.fs, root.path(fingerprint.folder, "data", "a.parquet"), buffer.getvalue())
+    return root, seal_generation(root, fingerprint, land_ids(root, ids))
+
+
+@pytest.fixture
+def train(pairs, tiny_teacher_dir, tmp_path, ray_cluster):
+    root, manifest = pairs
+
+    def run(name: str, *, steps: int, workers: int = 1, digest: str | None = None) -> Store:
+        store = open_store(str(tmp_path / name))
+        section = TrainSection(
+            num_workers=workers, threads_per_worker=1, max_train_steps=steps, max_failures=0,
+            train_batch_size=5, regression_batch_size=3, learning_rate=1e-3, lr_warmup_steps=3,
+            checkpointing_steps=2, checkpoints_total_limit=10, validation_steps=3,
+            num_validation_images=4, logging_steps=1,
+        )  # fmt: skip
+        config = {
+            "train": section.model_dump(), "pairs": PAIRS.model_dump(), "seed": 7,
+            "storage": StorageSection().model_dump(), "dir": store.url, "root": root.url,
+            "teacher": tiny_teacher_dir, "version": manifest.version,
+            "digest": digest or manifest.digest,
+        }  # fmt: skip
+        run_worker_group(
+            train_loop, config, store=store, num_workers=workers, cpus_per_worker=1,
+            use_gpu=False, max_failures=0,
+        )  # fmt: skip
+        return store
+
+    return run
+
+
+def _final(store: Store) -> Checkpoint:
+    found = load_checkpoint(store.fs, store.path(CHECKPOINTS))
+    assert found is not None
+    return found
+
+
+def _losses(store: Store) -> list[dict]:
+    return [
+        json.loads(line) for line in store.fs.cat_file(store.path("metrics.jsonl")).splitlines()
+    ]
+
+
+def test_an_interrupted_run_equals_an_undisturbed_one_and_two_workers_equal_one(train):
+    straight = train("straight", steps=6)
+    resumed = train("resumed", steps=4)
+    # As a kill between a checkpoint's files and its marker would leave it: back to step 2.
+    resumed.fs.rm_file(resumed.path(CHECKPOINTS, "checkpoint-00000004", "MANIFEST.json"))
+    resumed = train("resumed", steps=6)
+
+    expected, found = _final(straight), _final(resumed)
+    assert expected.step == found.step == 6
+    assert expected.state == found.state
+    for part, tensors in expected.parts.items():
+        for name, value in tensors.items():
+            assert torch.equal(value, found.parts[part][name]), f"{part}.{name}"
+    assert committed_steps(resumed.fs, resumed.path(CHECKPOINTS)) == [2, 4, 6]
+    # No gap and no double step in the metrics, and the same numbers.
+    keys = ("step", "loss_dm", "loss_reg", "loss_fake", "grad_norm")
+    one = [{key: line[key] for key in keys} for line in _losses(straight)]
+    assert one == [{key: line[key] for key in keys} for line in _losses(resumed)]
+    assert [line["step"] for line in one] == list(range(1, 7))
+    assert straight.fs.exists(straight.path("samples", "step_00000003.png"))
+    # It moved: the student is not the teacher any more.
+    assert any(
+        not torch.equal(value, expected.parts["fake"][name])
+        for name, value in expected.parts["generator"].items()
+    )
+
+    # Batches of 5 and 3 do not divide by two: the parts are unequal, the mean is not.
+    two = [{key: line[key] for key in keys} for line in _losses(train("two", steps=6, workers=2))]
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-6)
+
+
+def test_a_run_refuses_other_pairs_than_those_it_pinned(train):
+    with pytest.raises(RuntimeError, match="pinned"):
+        train("other", steps=2, digest="0" * 64)

@@ -1,0 +1,114 @@
+"""One prompt through all ten stations, through the public commands, on real Ray."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow.dataset as ds
+import safetensors.torch
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from dmd_core.checkpoint import load_checkpoint
+from dmd_core.noise import sample_noise, stable_seed
+from dmd_core.teacher import load_teacher
+from jobs.cli import main
+from pipelines.batches import PairReader
+from pipelines.manifest import latest_manifest
+from pipelines.storage import open_store
+
+PROMPTS = ["a red fox", *(f"a blue whale number {index}" for index in range(15))]
+
+
+def test_one_prompt_walks_all_ten_stations(tiny_teacher_dir, tmp_path, ray_cluster, capsys):
+    prompt_file, run = tmp_path / "prompts.txt", tmp_path / "run"
+    prompt_file.write_text("\n".join(PROMPTS) + "\n")
+    settings = {
+        "run.dir": run,
+        "teacher.path": tiny_teacher_dir,
+        "pairs.prompts": prompt_file,
+        "evaluate.prompts": prompt_file,
+    }
+    options = ["--config", "tiny", "--json"]
+    options += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+    def dmd(verb: str) -> dict:
+        assert main([verb, *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    # 1 prompt, 2 noise, 3 teacher ODE, 4 Parquet row
+    assert dmd("pairs")["rows"] == len(PROMPTS)
+    assert dmd("pairs")["generated"] is False
+    files = sorted((run / "pairs" / "generations").rglob("data/*.parquet"))
+    table = ds.dataset([str(file) for file in files]).to_table()
+    row = table["prompt"].to_pylist().index("a red fox")
+    assert table["pair_id"][row].as_py() == stable_seed("pair", 0, "a red fox", 0)
+    seed = table["seed"][row].as_py()
+    assert seed == stable_seed("noise", 0, "a red fox", 0)
+    shape = json.loads(table.schema.field("noise").metadata[b"shape"])
+    stored = np.frombuffer(table["noise"][row].as_py(), np.float16).reshape(shape)
+    noise = sample_noise([seed], shape, torch.float16)
+    assert np.array_equal(stored, noise[0].numpy())
+    teacher = load_teacher(tiny_teacher_dir)
+    again = teacher.pipeline(  # the teacher's own scheduler is the recipe's solver
+        "a red fox", latents=noise.float(), num_inference_steps=4, guidance_scale=2.0,
+        output_type="latent",
+    ).images  # fmt: skip
+    latent = np.frombuffer(table["latent"][row].as_py(), np.float16).reshape(shape)
+    np.testing.assert_allclose(latent, again[0].numpy(), atol=4e-3)
+
+    # 5 training batch
+    root = open_store(str(run / "pairs"))
+    manifest = latest_manifest(root)
+    assert manifest is not None
+    reader = PairReader(root, manifest, seed=1)
+    epoch = [prompt for k in range(4) for prompt in reader.batch(k, 4).prompts]
+    assert sorted(epoch) == sorted(PROMPTS)
+
+    # 6 losses, 7 checkpoint
+    assert dmd("train")["step"] == 6
+    assert dmd("train")["trained"] is False
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    checkpoint = load_checkpoint(root.fs, str(run / "checkpoints"))
+    assert checkpoint is not None and checkpoint.state["pairs_digest"] == manifest.digest
+
+    # 8 export: the student of the checkpoint, sampled by plain diffusers
+    student = DiffusionPipeline.from_pretrained(dmd("export")["student"])
+    weights = student.unet.state_dict()
+    assert all(
+        torch.equal(value, weights[name]) for name, value in checkpoint.parts["generator"].items()
+    )
+
+    # 9 evaluation, 10 report
+    metrics = dmd("evaluate")
+    assert metrics["systems"]["student"]["network_evaluations"] == 1
+    assert metrics["systems"]["teacher"]["network_evaluations"] == 8
+    report = (run / "report.html") if dmd("report") else None
+    assert report is not None
+    page = report.read_text()
+    assert "a red fox" in page and manifest.digest[:12] in page and "http" + "://" not in page
+
+    # The report's noise gives the report's picture, with plain diffusers.
+    shown = json.loads((run / "evaluation" / "latents.json").read_text())
+    prompts = shown["prompts"] if isinstance(shown, dict) else shown
+    noise = safetensors.torch.load_file(run / "evaluation" / "latents.safetensors")["latents"]
+    fox = prompts.index("a red fox")
+    picture = student(
+        "a red fox", latents=noise[fox : fox + 1], num_inference_steps=1, guidance_scale=0
+    ).images[0]
+    pictures = ds.dataset(str(run / metrics["pictures"]["student"])).to_table()
+    row = pictures["prompt"].to_pylist().index("a red fox")
+    size = (*picture.size[::-1], 3)
+    theirs = _picture(pictures["picture"][row].as_py(), size)
+    assert np.abs(np.asarray(picture).astype(int) - theirs.astype(int)).max() <= 1
+
+    # The whole again does nothing.
+    assert set(dmd("demo")) == {"student", "report"}
+
+
+def _picture(raw: bytes, size: tuple[int, ...]) -> np.ndarray:
+    if raw[:4] == b"\x89PNG":
+        return np.asarray(Image.open(io.BytesIO(raw)))
+    return np.frombuffer(raw, np.uint8).reshape(size)
