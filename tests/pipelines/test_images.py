@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from dmd_core.ode import SOLVERS, make_scheduler
 from pipelines.config import EvaluateSection, PairsSection, StorageSection
 from pipelines.evaluation import NOISE, NOISE_PROMPTS, evaluate, verdict
 from pipelines.images import image_files, make_images, read_images
+from pipelines.plots import picture_grid
+from pipelines.report import collect_inputs, render_report
 from pipelines.storage import open_store
 from pipelines.systems import (
     Networks,
@@ -253,6 +256,28 @@ def test_plain_diffusers_makes_the_stored_picture_from_the_noise_file(evaluated,
     ).images[0]
     stored = read_images(run, metrics["pictures"]["student"]).pictures[2]
     assert np.abs(picture * 255 - stored).max() <= 1
+
+
+def test_report_of_the_evaluated_run_shows_what_was_sampled(evaluated):
+    run, metrics, _ = evaluated
+    Path(run.path("metrics.jsonl")).write_text('{"step": 1, "loss_dm": 2.0}\n')
+    Path(run.path("versions.json")).write_text('{"torch": "2"}')
+    samples = Path(run.path("samples"))
+    samples.mkdir()
+    for step in (30, 4, 200):
+        png = picture_grid([np.full((1, 2, 2, 3), step, np.uint8)])
+        (samples / f"step_{step:08d}.png").write_bytes(png)
+    inputs = collect_inputs(run, title="t", images=3)
+    assert tuple(inputs.prompts) == HELD_OUT[:3]
+    for system in ("teacher", "student", "start", "teacher_1"):
+        stored = read_images(run, metrics["pictures"][system]).pictures[:3]
+        assert np.array_equal(inputs.pictures[system], stored)
+    assert [step for step, _ in inputs.samples] == [4, 30, 200]
+    files = {source.name: source.file for source in inputs.sources}
+    assert files["torch"] == "versions.json" and files["manifest"] == "metrics.json"
+    template = resources.files("jobs").joinpath("templates/report.html.j2").read_text("utf-8")
+    html = render_report(inputs, template)
+    assert all(prompt in html for prompt in HELD_OUT[:3]) and HELD_OUT[3] not in html
 
 
 def test_interrupted_sampling_goes_on_with_what_is_missing(evaluated, networks):

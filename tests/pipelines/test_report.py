@@ -1,17 +1,245 @@
 """Station 10: the report and its pictures."""
 
+import base64
+import copy
 import io
+import re
+from html.parser import HTMLParser
+from importlib import resources
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.plots import picture_grid
+from pipelines.plots import loss_series, picture_grid, running_mean
+from pipelines.report import ReportInputs, Source, collect_inputs, render_report
+from pipelines.report_text import findings, headline, table_rows
+from pipelines.storage import open_store
+
+TEMPLATE = resources.files("jobs").joinpath("templates/report.html.j2").read_text("utf-8")
+HOSTILE = "<script>alert('x')</script> & \"fox\""
 
 
 def _pictures(count: int, size: int = 4, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def _estimate(value: float, half: float = 0.01) -> dict[str, float]:
+    return {"value": value, "low": value - half, "high": value + half}
+
+
+def _metrics(*, with_retrieval: bool = True) -> dict:
+    def system(evaluations: int, kid: float | None, rmse: float | None) -> dict:
+        share = _estimate(0.5)
+        top = [{"k": k, "share": share, "chance": 0.01, "counted": 20} for k in (1, 5)]
+        return {
+            "kid": None if kid is None else _estimate(kid),
+            "rmse": None if rmse is None else _estimate(rmse),
+            "retrieval": top if with_retrieval else None,
+            "network_evaluations": evaluations,
+        }
+
+    seconds = {"teacher": 1.2, "student": 0.024, "teacher_1": 0.05}
+    return {
+        "prompts": 20,
+        "confidence": 0.95,
+        "feature_space": "VAE latent mean",
+        "feature_dimension": 64,
+        "retrieval": "gallery of 9 pictures" if with_retrieval else "not measured: no gallery",
+        "systems": {
+            "teacher": system(100, 0.001, None),
+            "student": system(1, 0.0213, 0.12),
+            "teacher_again": system(100, None, 0.2),
+            "start": system(1, 0.4, 0.3),
+            "mean": system(0, 0.7, 0.31),
+            "teacher_1": system(2, 0.02, 0.25),
+        },
+        "comparisons": {
+            "start": {"kid_difference": _estimate(-0.4), "better": True},
+            "mean": {"kid_difference": _estimate(0), "better": "undecided"},
+            "teacher_1": {"kid_difference": _estimate(0.4), "better": False},
+        },
+        "timing": {
+            "seconds_per_picture": {
+                name: {"median": value, "min": value, "max": value, "repeats": 3}
+                for name, value in seconds.items()
+            },
+            "speed_up": 50.0,
+            "device": "cpu",
+            "threads": 1,
+            "joules_per_picture": {"value": "not measured", "reason": "no counter on cpu"},
+        },
+        "pictures": {"teacher": "evaluation/abc/teacher.parquet"},
+        "provenance": {"steps": 50, "few_steps": [1]},
+    }
+
+
+def _inputs(**changes) -> ReportInputs:
+    prompts = ("a fox", HOSTILE, "狐")
+    pictures = {
+        system: _pictures(3, seed=seed)
+        for seed, system in enumerate(("teacher", "student", "start", "teacher_1"))
+    }
+    records = [
+        {"step": step, "loss_dm": 1.0 / (step + 1), "loss_reg": float("nan"), "seconds": 1.0}
+        for step in range(30)
+    ]
+    defaults = {
+        "title": "a run",
+        "metrics": _metrics(),
+        "prompts": prompts,
+        "pictures": pictures,
+        "records": records,
+        "samples": [(1, picture_grid([_pictures(2)]))],
+        "sources": [Source("teacher", "abc", "metrics.json")],
+    }
+    return ReportInputs(**(defaults | changes))
+
+
+class _Page(HTMLParser):
+    """All tags with their attributes, and the visible text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def page() -> _Page:
+    return _Page(render_report(_inputs(), TEMPLATE))
+
+
+def test_page_runs_nothing_and_fetches_nothing(page):
+    assert not page.all("script") and not page.all("link") and not page.all("iframe")
+    policy = next(meta["content"] for meta in page.all("meta") if "http-equiv" in meta)
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
+    targets = [tag.get("src") or tag.get("href") for name in ("img", "a", "use", "image")
+               for tag in page.all(name)]  # fmt: skip
+    assert all(target is None or target.startswith(("data:", "#")) for target in targets)
+    assert not any(key.startswith("on") for _, attributes in page.tags for key in attributes)
+    style = TEMPLATE[TEMPLATE.index("<style>") : TEMPLATE.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+
+
+def test_prompts_are_text_never_markup(page):
+    assert page.text.count(HOSTILE) == 1  # its heading; in the attributes it is unescaped too
+    assert any(image.get("alt") == f"Teacher: {HOSTILE}" for image in page.all("img"))
+    assert "狐" in page.text
+
+
+def test_each_card_shows_its_prompts_pictures_pixel_for_pixel(page):
+    inputs = _inputs()
+    shown = {image["alt"]: image for image in page.all("img")}
+    labels = {"Teacher": "teacher", "Student": "student", "Start": "start", "1 step": "teacher_1"}
+    for row, prompt in enumerate(inputs.prompts):
+        for label, system in labels.items():
+            image = shown[f"{label}: {prompt}"]
+            png = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
+            found = np.asarray(Image.open(io.BytesIO(png)))
+            assert np.array_equal(found, inputs.pictures[system][row])
+            assert image["class"] == "pixelated"
+
+
+def test_every_card_can_be_enlarged_and_closed(page):
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    links = [link["href"].removeprefix("#") for link in page.all("a")]
+    assert len(links) == 2 * 3 and set(links) <= ids
+
+
+def test_curves_are_drawn_for_losses_that_were_logged(page):
+    figures = [svg["aria-label"] for svg in page.all("svg")]
+    assert figures[0] == "loss_dm over training steps" and len(figures) == 2
+    assert not any("width" in svg for svg in page.all("svg"))
+    assert "loss_reg" not in page.text and "seconds" not in figures
+
+
+def test_optional_parts_leave_a_plain_line():
+    html = render_report(
+        _inputs(metrics=_metrics(with_retrieval=False), prompts=(), pictures={}, records=(),
+                samples=(), sources=()),
+        TEMPLATE,
+    )  # fmt: skip
+    text = re.sub(r"\s+", " ", _Page(html).text)
+    for line in (
+        "No pictures were sampled.",
+        "No training log (metrics.jsonl) in this run.",
+        "No samples were saved during training.",
+        "No provenance was recorded.",
+        "not measured: no gallery",
+        "Energy: not measured (no counter on cpu).",
+    ):
+        assert line in text
+    assert "Retrieval top 1" not in text
+
+
+@pytest.mark.parametrize("with_retrieval", [True, False])
+def test_table_rows_have_as_many_cells_as_the_head(with_retrieval):
+    html = render_report(_inputs(metrics=_metrics(with_retrieval=with_retrieval)), TEMPLATE)
+    table = html[html.index("<table>") : html.index("</table>")]
+    counts = {len(re.findall(r"<t[hd][ >]", row)) for row in table.split("<tr")[1:]}
+    assert counts == {8 if with_retrieval else 6}
+
+
+def test_headline_says_the_speed_up_either_way():
+    metrics = _metrics()
+    assert headline(metrics) == (
+        "The student makes a picture in 24 ms, the teacher in 1.20 s: 50 times faster, "
+        "with 1 network evaluation instead of 100."
+    )
+    metrics["timing"]["speed_up"] = 0.5
+    assert ": 2.0 times slower, with" in headline(metrics)
+
+
+def test_findings_tell_better_undecided_and_worse_apart():
+    better, undecided, worse = findings(_metrics())
+    assert better.endswith("nearer to the teacher, beyond the 95 % confidence interval, than "
+                           "the student before training.")  # fmt: skip
+    assert undecided == (
+        "Within the confidence interval it is neither nearer nor farther than the mean picture."
+    )
+    assert "farther from the teacher" in worse and worse.endswith("the teacher in 1 step.")
+    all_better = copy.deepcopy(_metrics())
+    for entry in all_better["comparisons"].values():
+        entry["better"] = True
+    (only,) = findings(all_better)
+    assert only.endswith("the student before training, the mean picture and the teacher in 1 step.")
+
+
+def test_table_gives_both_numbers_to_the_same_digit():
+    metrics = _metrics()
+    metrics["systems"]["student"]["kid"] = _estimate(0.08, 0.0052)
+    rows = {row["name"]: row for row in table_rows(metrics, {"student": "S", "teacher": "T"})}
+    assert rows["S"]["kid"] == "0.0800 ± 0.0052"
+    assert rows["T"]["rmse"] == "—" and rows["S"]["better"] == "—"
+
+
+def test_running_mean_is_the_mean_of_the_neighbours():
+    values = np.array([1.0, 5.0, 3.0, 7.0, 2.0])
+    expected = [3.0, 3.0, 5.0, 4.0, 4.5]
+    np.testing.assert_allclose(running_mean(values, 1), expected)
+    np.testing.assert_allclose(running_mean(values, 10), values.mean())
+
+
+def test_loss_series_keeps_finite_losses_with_their_steps():
+    records = [{"step": 1, "loss_a": 1.0, "lr": 0.1}, {"step": 3, "loss_a": 2, "loss_b": np.nan}]
+    assert loss_series(records) == {"loss_a": ([1, 3], [1.0, 2.0])}
+
+
+def test_run_without_metrics_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no metrics\.json; expected an evaluated run"):
+        collect_inputs(open_store(str(tmp_path)), title="t", images=4)
 
 
 def test_grid_shows_every_picture_pixel_for_pixel():

@@ -1,0 +1,185 @@
+"""Station 10: everything above → one HTML page that needs no network and runs no script.
+
+Every number on it names the file it came from. Prompts are untrusted text: the template escapes
+all that it is given, and the page's own policy forbids everything but inline style and pictures.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from pipelines.evaluation import METRICS, NOISE, NOISE_PROMPTS
+from pipelines.images import read_images
+from pipelines.plots import Interval, encode_png, interval_plot, loss_curve, loss_series
+from pipelines.report_text import (
+    findings,
+    headline,
+    system_names,
+    table_rows,
+    tiles,
+)
+from pipelines.storage import Store
+from pipelines.systems import START, STUDENT, TEACHER, few_step_name
+
+TRAINING_LOG = "metrics.jsonl"
+# What a card shows: two pictures large, then the baselines small.
+_LABELS = {TEACHER: "Teacher", STUDENT: "Student", START: "Start", few_step_name(1): "1 step"}
+_SAMPLES_SHOWN = 5
+_PIXELATED_UP_TO = 128  # pixels; larger pictures are shown smoothly
+_SAMPLE_NAME = re.compile(r"step_(\d+)\.png")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One line of the provenance table: a value and the file that holds it."""
+
+    name: str
+    value: str
+    file: str
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """What the report shows. Whatever is empty leaves its section with a plain line.
+
+    `metrics` is the content of metrics.json; `pictures` system → (N,H,W,3) uint8 of `prompts`;
+    `records` the training log; `samples` (step, PNG) of training, oldest first.
+    """
+
+    title: str
+    metrics: dict[str, Any]
+    prompts: Sequence[str] = ()
+    pictures: Mapping[str, np.ndarray] = field(default_factory=dict)
+    records: Sequence[dict[str, Any]] = ()
+    samples: Sequence[tuple[int, bytes]] = ()
+    sources: Sequence[Source] = ()
+
+
+def collect_inputs(
+    run: Store, *, title: str, images: int, json_files: Sequence[str] = ("versions.json",)
+) -> ReportInputs:
+    """Read a run directory. Only metrics.json must exist; every value of `json_files` that exist
+    goes into the provenance table. `images`: how many prompts to show, from the top of the list."""
+    if not run.fs.exists(run.path(METRICS)):
+        raise FileNotFoundError(f"{run.url} has no {METRICS}; expected an evaluated run")
+    metrics = json.loads(run.fs.cat_file(run.path(METRICS)))
+    shown = {
+        system: read_images(run, metrics["pictures"][system])
+        for system in _LABELS
+        if system in metrics["pictures"]
+    }
+    records: list[dict[str, Any]] = []
+    if run.fs.exists(run.path(TRAINING_LOG)):
+        lines = run.fs.cat_file(run.path(TRAINING_LOG)).splitlines()
+        records = [json.loads(line) for line in lines]
+    sources = list(_flatten(metrics["provenance"], METRICS))
+    for name in json_files:
+        if run.fs.exists(run.path(name)):
+            sources += _flatten(json.loads(run.fs.cat_file(run.path(name))), name)
+    return ReportInputs(
+        title=title,
+        metrics=metrics,
+        prompts=shown[TEACHER].prompts[:images],
+        pictures={system: entry.pictures[:images] for system, entry in shown.items()},
+        records=records,
+        samples=_read_samples(run),
+        sources=sources,
+    )
+
+
+def render_report(inputs: ReportInputs, template: str) -> str:
+    """The page, from the text of a jinja2 template."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    metrics = inputs.metrics
+    names = system_names(metrics)
+    series = loss_series(inputs.records)
+    return environment.from_string(template).render(
+        title=inputs.title,
+        headline=headline(metrics),
+        findings=findings(metrics),
+        tiles=tiles(metrics),
+        cards=_cards(inputs),
+        curves=[
+            {"name": name, "svg": Markup(loss_curve(steps, values, name))}
+            for name, (steps, values) in series.items()
+        ],
+        rows=table_rows(metrics, names),
+        intervals=Markup(_kid_plot(metrics, names)),
+        energy=metrics["timing"]["joules_per_picture"],
+        samples=[
+            {"step": step, "src": _data_uri(png)} for step, png in _evenly(inputs.samples)
+        ],
+        metrics=metrics,
+        confidence=f"{100 * metrics['confidence']:.0f} %",
+        sources=inputs.sources,
+        files={
+            "metrics": METRICS, "log": TRAINING_LOG, "noise": NOISE, "noise_prompts": NOISE_PROMPTS
+        },
+    )  # fmt: skip
+
+
+def _cards(inputs: ReportInputs) -> list[dict[str, Any]]:
+    """One per prompt: teacher and student large, the baselines small."""
+    cards = []
+    for index, prompt in enumerate(inputs.prompts):
+        pictures = [
+            {
+                "label": _LABELS[system],
+                "src": _data_uri(encode_png(inputs.pictures[system][index])),
+                "pixelated": max(inputs.pictures[system][index].shape[:2]) <= _PIXELATED_UP_TO,
+            }
+            for system in _LABELS
+            if system in inputs.pictures
+        ]
+        cards.append({"prompt": prompt, "main": pictures[:2], "baselines": pictures[2:]})
+    return cards
+
+
+def _kid_plot(metrics: dict[str, Any], names: dict[str, str]) -> str:
+    rows = [
+        Interval(name, kid["value"], kid["low"], kid["high"], highlight=system == STUDENT)
+        for system, name in names.items()
+        if (kid := metrics["systems"].get(system, {}).get("kid"))
+    ]
+    return interval_plot(rows, "kernel distance to the teacher (KID), lower is nearer")
+
+
+def _read_samples(run: Store) -> list[tuple[int, bytes]]:
+    folder = run.path("samples")
+    if not run.fs.exists(folder):
+        return []
+    found: list[tuple[int, str]] = []
+    for path in run.fs.ls(folder, detail=False):
+        match = _SAMPLE_NAME.fullmatch(path.rsplit("/", 1)[-1])
+        if match:
+            found.append((int(match[1]), path))
+    return [(step, cast(bytes, run.fs.cat_file(path))) for step, path in _evenly(sorted(found))]
+
+
+def _evenly(items: Sequence[Any]) -> list[Any]:
+    """The first, the last and some between."""
+    if len(items) <= _SAMPLES_SHOWN:
+        return list(items)
+    return [items[int(index)] for index in np.linspace(0, len(items) - 1, _SAMPLES_SHOWN).round()]
+
+
+def _flatten(content: dict[str, Any], file: str, prefix: str = "") -> Iterator[Source]:
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, file, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield Source(prefix + key, text, file)
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

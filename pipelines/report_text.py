@@ -1,0 +1,154 @@
+"""Station 10: the numbers of metrics.json as the sentences and cells of the report."""
+
+import math
+from typing import Any
+
+from pipelines.systems import MEAN, START, STUDENT, TEACHER, TEACHER_AGAIN, few_step_name
+
+
+def system_names(metrics: dict[str, Any]) -> dict[str, str]:
+    """System → what the report calls it, in the order of the table."""
+    steps = metrics["provenance"]["steps"]
+    few = metrics["provenance"]["few_steps"]
+    return {
+        STUDENT: "Student, 1 step",
+        TEACHER: f"Teacher, {steps} steps",
+        **{
+            few_step_name(n): f"Teacher, {n} step{'s' * (n > 1)}" for n in sorted(few, reverse=True)
+        },
+        START: "Student before training",
+        MEAN: "Mean picture",
+        TEACHER_AGAIN: f"Teacher, {steps} steps, other noise",
+    }
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """The verdict in one sentence."""
+    timing, systems = metrics["timing"], metrics["systems"]
+    seconds = timing["seconds_per_picture"]
+    ratio = timing["speed_up"]
+    faster = f"{_ratio(ratio)} times faster" if ratio >= 1 else f"{_ratio(1 / ratio)} times slower"
+    return (
+        f"The student makes a picture in {_seconds(seconds[STUDENT]['median'])}, the teacher in "
+        f"{_seconds(seconds[TEACHER]['median'])}: {faster}, with "
+        f"{systems[STUDENT]['network_evaluations']} network evaluation instead of "
+        f"{systems[TEACHER]['network_evaluations']}."
+    )
+
+
+def findings(metrics: dict[str, Any]) -> list[str]:
+    """What the comparisons say about quality, good and bad, one sentence for each outcome."""
+    few = {few_step_name(n): _in_steps(n) for n in metrics["provenance"]["few_steps"]}
+    prose = {START: "the student before training", MEAN: "the mean picture"} | few
+    beyond = f"beyond the {_percent(metrics['confidence'])} confidence interval"
+    sentences = []
+    for outcome, text in (
+        (True, f"By kernel distance it is nearer to the teacher, {beyond}, than {{}}."),
+        ("undecided", "Within the confidence interval it is neither nearer nor farther than {}."),
+        (False, f"By kernel distance it is farther from the teacher, {beyond}, than {{}}."),
+    ):
+        found = [
+            prose[system]
+            for system, entry in metrics["comparisons"].items()
+            if entry["better"] == outcome
+        ]
+        if found:
+            sentences.append(text.format(_enumeration(found)))
+    return sentences
+
+
+def tiles(metrics: dict[str, Any]) -> list[dict[str, str]]:
+    systems, timing = metrics["systems"], metrics["timing"]
+    student, teacher = systems[STUDENT], systems[TEACHER]
+    shown = [
+        {
+            "value": f"{_ratio(timing['speed_up'])}×",
+            "label": "speed-up per picture",
+            "note": f"one at a time, on {_device(timing)}",
+        },
+        {
+            "value": f"{teacher['network_evaluations']} → {student['network_evaluations']}",
+            "label": "network evaluations",
+            "note": "guidance counted",
+        },
+        {
+            "value": f"{student['kid']['value']:.3g}",
+            "label": "kernel distance to the teacher",
+            "note": f"before training {systems[START]['kid']['value']:.3g}",
+        },
+    ]
+    if student["retrieval"]:
+        top, of_teacher = student["retrieval"][0], teacher["retrieval"][0]
+        shown.append(
+            {
+                "value": _percent(top["share"]["value"]),
+                "label": "nearest real picture is the right one",
+                "note": f"teacher {_percent(of_teacher['share']['value'])}, "
+                f"chance {_percent(top['chance'])}",
+            }
+        )
+    return shown
+
+
+def table_rows(metrics: dict[str, Any], names: dict[str, str]) -> list[dict[str, Any]]:
+    """The comparison table, as text."""
+    rows = []
+    seconds = metrics["timing"]["seconds_per_picture"]
+    for system, name in names.items():
+        if system not in metrics["systems"]:
+            continue
+        entry = metrics["systems"][system]
+        better = metrics["comparisons"].get(system, {}).get("better")
+        rows.append(
+            {
+                "name": name,
+                "is_student": system == STUDENT,
+                "evaluations": entry["network_evaluations"],
+                "seconds": _seconds(seconds[system]["median"]) if system in seconds else "—",
+                "kid": _interval(entry["kid"]),
+                "rmse": _interval(entry["rmse"]),
+                "retrieval": [_percent(top["share"]["value"]) for top in entry["retrieval"] or []],
+                "better": {True: "yes", False: "no", None: "—"}.get(better, better),
+            }
+        )
+    return rows
+
+
+def _device(timing: dict[str, Any]) -> str:
+    threads = timing["threads"]
+    if timing["device"] != "cpu":
+        return timing["device"]
+    return f"CPU, {threads} thread{'s' * (threads > 1)}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 1 else f"{_three_digits(1000 * value)} ms"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
+
+
+def _interval(estimate: dict[str, float] | None) -> str:
+    """Value ± half the interval, both to the second digit of the half."""
+    if estimate is None:
+        return "—"
+    half = (estimate["high"] - estimate["low"]) / 2
+    digits = 3 if half <= 0 else max(0, 1 - math.floor(math.log10(half)))
+    return f"{estimate['value']:.{digits}f} ± {half:.{digits}f}"
+
+
+def _in_steps(steps: int) -> str:
+    return f"the teacher in {steps} step{'s' * (steps > 1)}"
+
+
+def _enumeration(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
