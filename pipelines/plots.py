@@ -108,7 +108,7 @@ class Interval:
 def interval_plot(rows: Sequence[Interval], label: str) -> str:
     """A dot with its confidence interval per row, first row on top, as an SVG element."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 0.5 + 0.3 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(5.2, 0.5 + 0.3 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         for line, row in enumerate(rows):
             colour = _ACCENT if row.highlight else _INK

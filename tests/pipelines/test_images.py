@@ -280,6 +280,16 @@ def test_report_of_the_evaluated_run_shows_what_was_sampled(evaluated):
     assert all(prompt in html for prompt in HELD_OUT[:3]) and HELD_OUT[3] not in html
 
 
+def test_run_is_read_the_same_from_an_object_store(evaluated, s3_store):
+    run, _, _ = evaluated
+    for path in (path for path in Path(run.root).rglob("*") if path.is_file()):
+        s3_store.fs.put_file(str(path), s3_store.path(path.relative_to(run.root).as_posix()))
+    here, there = (collect_inputs(store, title="t", images=3) for store in (run, s3_store))
+    assert there.metrics == here.metrics and there.samples == here.samples
+    for system, pictures in here.pictures.items():
+        assert np.array_equal(there.pictures[system], pictures)
+
+
 def test_interrupted_sampling_goes_on_with_what_is_missing(evaluated, networks):
     run, metrics, _ = evaluated
     files = {name: metrics["pictures"][name] for name in ("teacher_1", "student")}
