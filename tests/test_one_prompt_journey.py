@@ -35,7 +35,8 @@ def test_one_prompt_walks_all_ten_stations(tiny_teacher_dir, tmp_path, ray_clust
 
     def dmd(verb: str) -> dict:
         assert main([verb, *options]) == 0
-        return json.loads(capsys.readouterr().out)
+        printed = capsys.readouterr().out  # Ray's own messages may come before the result
+        return json.JSONDecoder().raw_decode(printed[printed.index("{\n") :])[0]
 
     # 1 prompt, 2 noise, 3 teacher ODE, 4 Parquet row
     assert dmd("pairs")["rows"] == len(PROMPTS)
