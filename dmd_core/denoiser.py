@@ -19,7 +19,8 @@ RawNetwork = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 class Denoiser(Protocol):
     """`schedule` gives α_t, σ_t; the call gives x₀ (B,C,H,W) float32 for x_t at times t (B,)."""
 
-    schedule: Schedule
+    @property
+    def schedule(self) -> Schedule: ...
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor: ...
 

@@ -120,7 +120,7 @@ def load_teacher(path: str, *, device: str | torch.device = "cpu") -> Teacher:
             path,
             safety_checker=None,
             requires_safety_checker=False,
-            torch_dtype=torch.float32,
+            dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
         )
