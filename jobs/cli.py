@@ -18,6 +18,8 @@ VERBS = {
     "train-teacher": "train the miniature Stable Diffusion from captioned emoji pictures",
 }
 
+_PACKAGES = ("jobs", "pipelines", "dmd_core", "cluster")
+
 _EXAMPLES = """examples:
   dmd demo                                      distil the shipped teacher on this machine
   dmd pairs --config my.yaml --dry-run          show what would be done, and stop
@@ -49,12 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _fail(str(error))
     except RuntimeError as error:
-        if _is_ours(error):
-            return _fail(str(error))
-        message = _worker_failure(error)
-        if message is None:
+        if not _is_ours(error):
             raise
-        return _fail(message, Exit.BUG)
+        return _fail(str(error))
+    except _ray_errors() as error:
+        return _fail(*_worker_failure(error))
 
 
 def _run(options: argparse.Namespace, config: str) -> int:
@@ -62,7 +63,11 @@ def _run(options: argparse.Namespace, config: str) -> int:
 
     module = importlib.import_module(f"jobs.{options.verb.replace('-', '_')}")
     with open_session(config, options.set, quiet=options.json) as session:
-        result = module.plan(session) if options.dry_run else module.run(session)
+        try:
+            result = module.plan(session) if options.dry_run else module.run(session)
+        except _ray_errors() as error:
+            print(error, file=sys.stderr)  # goes to the log: Ray's output is redirected still
+            raise
     if options.json:
         print(json.dumps(result, indent=2))
     elif options.dry_run:
@@ -114,15 +119,27 @@ def _fail(message: str, code: Exit = Exit.REFUSED) -> int:
 
 
 def _is_ours(error: BaseException) -> bool:
-    return type(error).__module__.split(".")[0] in ("jobs", "pipelines", "dmd_core", "cluster")
+    return type(error).__module__.split(".")[0] in _PACKAGES
 
 
-def _worker_failure(error: RuntimeError) -> str | None:
-    """The line that matters of an error that came back from Ray's workers."""
-    if not type(error).__module__.startswith("ray."):
-        return None
+def _ray_errors() -> tuple[type[BaseException], ...]:
+    """What Ray raises here for failures in its workers; nothing while Ray is not imported."""
+    if "ray" not in sys.modules:
+        return ()
+    from ray.exceptions import RayError
+    from ray.train import TrainingFailedError
+
+    return RayError, TrainingFailedError
+
+
+def _worker_failure(error: BaseException) -> tuple[str, Exit]:
+    """The line that matters of an error that came back from a worker, and the exit code."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"a worker failed: {lines[-1] if lines else type(error).__name__}"
+    last = lines[-1] if lines else type(error).__name__
+    kind, _, message = last.partition(": ")
+    if kind.split(".")[0] in _PACKAGES:
+        return message, Exit.REFUSED
+    return f"a worker failed: {last} (the whole story is in the run's logs/ray.log)", Exit.BUG
 
 
 def verb_main(verb: str) -> int:

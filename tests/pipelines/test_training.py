@@ -6,6 +6,7 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
+import ray.train
 import torch
 
 from dmd_core.checkpoint import Checkpoint, committed_steps, load_checkpoint
@@ -114,5 +115,5 @@ def test_an_interrupted_run_equals_an_undisturbed_one_and_two_workers_equal_one(
 
 
 def test_a_run_refuses_other_pairs_than_those_it_pinned(train):
-    with pytest.raises(RuntimeError, match="pinned"):
+    with pytest.raises(ray.train.TrainingFailedError, match="pinned"):
         train("other", steps=2, digest="0" * 64)
