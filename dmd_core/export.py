@@ -18,13 +18,15 @@ def one_step_scheduler(teacher_config: dict) -> DDIMScheduler:
     "trailing" spacing puts one step at T−1; DDIM's last step, with ᾱ = 1 after it, returns the
     predicted x₀ without any re-noising.
     """
-    return DDIMScheduler.from_config(
+    scheduler = DDIMScheduler.from_config(
         dict(teacher_config),
         timestep_spacing="trailing",
         set_alpha_to_one=True,
         clip_sample=False,
         thresholding=False,
     )
+    assert isinstance(scheduler, DDIMScheduler)
+    return scheduler
 
 
 def export_student(

@@ -7,7 +7,7 @@ spaces cannot be compared.
 
 import numpy as np
 import torch
-from torch import nn
+from diffusers import AutoencoderKL
 
 from dmd_core.teacher_training import pictures_to_tensor
 
@@ -15,7 +15,9 @@ FEATURE_SPACE = "VAE latent mean"
 
 
 @torch.no_grad()
-def latent_features(vae: nn.Module, pictures: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
+def latent_features(
+    vae: AutoencoderKL, pictures: np.ndarray, *, batch_size: int = 256
+) -> np.ndarray:
     """Posterior mean × scaling factor, flattened: (N,H,W,3) uint8 → (N, C·h·w) float32."""
     device = next(vae.parameters()).device
     parts = []

@@ -7,7 +7,8 @@ v-prediction network says x₀ almost directly, where an ε-prediction network's
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 from diffusers import (
     AutoencoderKL,
@@ -16,6 +17,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from dmd_core.schedule import PredictionType
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -58,27 +61,23 @@ def build_tokenizer(captions: Iterable[str], size: MiniatureSize) -> CLIPTokeniz
     alphabet = [chr(code) for code in range(33, 127)]
     bpe.train_from_iterator([*captions, *alphabet], trainer)
     model = json.loads(bpe.to_str())["model"]
-    return CLIPTokenizer(
-        vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
-        model_max_length=size.max_tokens,
-    )
+    merges: Any = [tuple(merge) for merge in model["merges"]]
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=size.max_tokens)
 
 
 def build_vae(size: MiniatureSize) -> AutoencoderKL:
     levels = len(size.vae_channels)
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=size.vae_channels,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=size.norm_groups,
-        sample_size=size.image_size,
-        mid_block_add_attention=False,
-    )
+    settings: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "block_out_channels": size.vae_channels,
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "norm_num_groups": size.norm_groups,
+        "sample_size": size.image_size,
+        "mid_block_add_attention": False,
+    }
+    return AutoencoderKL(**settings)
 
 
 def build_unet(size: MiniatureSize) -> UNet2DConditionModel:
@@ -97,23 +96,24 @@ def build_unet(size: MiniatureSize) -> UNet2DConditionModel:
 
 
 def build_text_encoder(size: MiniatureSize, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=size.text_dim,
-            intermediate_size=4 * size.text_dim,
-            num_hidden_layers=size.text_layers,
-            num_attention_heads=size.heads,
-            max_position_embeddings=size.max_tokens,
-            projection_dim=size.text_dim,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": size.text_dim,
+        "intermediate_size": 4 * size.text_dim,
+        "num_hidden_layers": size.text_layers,
+        "num_attention_heads": size.heads,
+        "max_position_embeddings": size.max_tokens,
+        "projection_dim": size.text_dim,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return CLIPTextModel(CLIPTextConfig(**settings))
 
 
-def build_scheduler(prediction_type: str = "v_prediction") -> DPMSolverMultistepScheduler:
+def build_scheduler(
+    prediction_type: PredictionType = "v_prediction",
+) -> DPMSolverMultistepScheduler:
     """Stable Diffusion's noise schedule (scaled-linear β from 0.00085 to 0.012)."""
     return DPMSolverMultistepScheduler(
         num_train_timesteps=1000,
@@ -129,21 +129,25 @@ def build_scheduler(prediction_type: str = "v_prediction") -> DPMSolverMultistep
 
 
 def build_miniature(
-    size: MiniatureSize, captions: Iterable[str], prediction_type: str = "v_prediction"
+    size: MiniatureSize,
+    captions: Iterable[str],
+    prediction_type: PredictionType = "v_prediction",
 ) -> StableDiffusionPipeline:
     """A `StableDiffusionPipeline` with random weights."""
     tokenizer = build_tokenizer(captions, size)
-    return StableDiffusionPipeline(
+    return assemble(
         vae=build_vae(size),
         text_encoder=build_text_encoder(size, tokenizer),
         tokenizer=tokenizer,
         unet=build_unet(size),
         scheduler=build_scheduler(prediction_type),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
     )
 
 
-def size_as_dict(size: MiniatureSize) -> dict:
-    return asdict(size)
+def assemble(**parts: Any) -> StableDiffusionPipeline:
+    """A `StableDiffusionPipeline` of `parts`, without the safety checker."""
+    return StableDiffusionPipeline(
+        **parts,
+        **{"safety_checker": None, "feature_extractor": None},
+        requires_safety_checker=False,
+    )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from torch import nn
 
 from dmd_core.schedule import Schedule
@@ -57,7 +58,9 @@ def pictures_to_tensor(pictures: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def vae_loss(vae: nn.Module, pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def vae_loss(
+    vae: AutoencoderKL, pictures: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
     """Mean absolute + squared reconstruction error and `KL_WEIGHT` × KL to N(0, I): a scalar."""
     posterior = vae.encode(pictures).latent_dist
     mean, std = posterior.mean.float(), posterior.std.float()
@@ -103,6 +106,8 @@ def warmup_and_decay(step: int, *, total: int, warmup: int, decay_share: float =
 
 
 @torch.no_grad()
-def encode_pictures(vae: nn.Module, pictures: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+def encode_pictures(
+    vae: AutoencoderKL, pictures: torch.Tensor, batch_size: int = 256
+) -> torch.Tensor:
     """Posterior means, unscaled: (N,3,H,W) → (N,4,h,w) float32."""
     return torch.cat([vae.encode(part).latent_dist.mean for part in pictures.split(batch_size)])

@@ -1,7 +1,6 @@
 """What a person sees: one progress display on a terminal, one line every few seconds in a log."""
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ class Display:
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
-        stream = os.fdopen(os.dup(sys.__stderr__.fileno()), "w", buffering=1)
+        stream = os.fdopen(os.dup(2), "w", buffering=1)
         self.console = Console(file=stream, quiet=quiet, highlight=False)
 
     def say(self, text: str) -> None:

@@ -23,7 +23,7 @@ class Section(BaseModel):
 class RunSection(Section):
     """What belongs to the whole run."""
 
-    dir: str = Field("runs/run", description="run directory: a local path or s3:// URL")
+    dir: str = Field(default="runs/run", description="run directory: a local path or s3:// URL")
     seed: NotNegative = 0
 
 
@@ -39,7 +39,9 @@ class RaySection(Section):
     """Where Ray runs. No address: an embedded Ray on this machine, or the job's own cluster."""
 
     address: str | None = None
-    num_cpus: Positive = Field(8, description="logical CPUs of the embedded Ray (slots, not cores)")
+    num_cpus: Positive = Field(
+        default=8, description="logical CPUs of the embedded Ray (slots, not cores)"
+    )
     object_store_mb: Positive = 256
 
 
@@ -52,25 +54,35 @@ class TeacherSection(Section):
 class PairsSection(Section):
     """Station 1-4: prompts → noise–latent pairs."""
 
-    prompts: str = Field("shipped:demo", description="txt, csv, jsonl or parquet; path or s3://")
-    root: str = Field("", description="data set folder; empty: <run.dir>/pairs")
-    seed: NotNegative = Field(0, description="data-set seed: part of every pair's id and noise")
+    prompts: str = Field(
+        default="shipped:demo", description="txt, csv, jsonl or parquet; path or s3://"
+    )
+    root: str = Field(default="", description="data set folder; empty: <run.dir>/pairs")
+    seed: NotNegative = Field(
+        default=0, description="data-set seed: part of every pair's id and noise"
+    )
     samples_per_prompt: Positive = 1
     solver: Solver = "dpmsolver++"
     steps: Positive = 50
-    guidance_scale: float = Field(7.5, ge=0, description="standard scale: u + s (c - u)")
+    guidance_scale: float = Field(default=7.5, ge=0, description="standard scale: u + s (c - u)")
     negative_prompt: str = ""
-    height: Positive | None = Field(None, description="pixels; empty: the teacher's own size")
+    height: Positive | None = Field(
+        default=None, description="pixels; empty: the teacher's own size"
+    )
     width: Positive | None = None
-    dtype: Literal["float16", "float32"] = Field("float16", description="of the stored tensors")
+    dtype: Literal["float16", "float32"] = Field(
+        default="float16", description="of the stored tensors"
+    )
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: Positive = 16
-    rows_per_block: Positive = Field(64, description="unit of work, and of lost work")
+    rows_per_block: Positive = Field(default=64, description="unit of work, and of lost work")
     row_group_rows: Positive = 64
     actors: Positive = 1
-    cpus_per_actor: float = Field(1, ge=0)
-    gpus_per_actor: float = Field(0, ge=0)
-    threads_per_actor: Positive | None = Field(None, description="torch threads; empty: all cores")
+    cpus_per_actor: float = Field(default=1, ge=0)
+    gpus_per_actor: float = Field(default=0, ge=0)
+    threads_per_actor: Positive | None = Field(
+        default=None, description="torch threads; empty: all cores"
+    )
 
     @model_validator(mode="after")
     def _whole_batches(self) -> "PairsSection":
@@ -87,27 +99,33 @@ class TrainSection(Section):
 
     num_workers: Positive = 1
     use_gpu: bool = False
-    cpus_per_worker: float = Field(1, ge=0)
-    threads_per_worker: Positive | None = Field(None, description="torch threads; empty: all cores")
+    cpus_per_worker: float = Field(default=1, ge=0)
+    threads_per_worker: Positive | None = Field(
+        default=None, description="torch threads; empty: all cores"
+    )
     max_failures: NotNegative = 3
     max_train_steps: Positive = 1000
-    train_batch_size: Positive = Field(32, description="global batch of the DM gradient")
-    regression_batch_size: NotNegative = Field(32, description="global batch of pairs")
+    train_batch_size: Positive = Field(default=32, description="global batch of the DM gradient")
+    regression_batch_size: NotNegative = Field(default=32, description="global batch of pairs")
     mixed_precision: Literal["no", "bf16"] = "no"
     learning_rate: Rate = 1e-5
-    fake_learning_rate: Rate | None = Field(None, description="empty: learning_rate")
+    fake_learning_rate: Rate | None = Field(default=None, description="empty: learning_rate")
     lr_scheduler: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
     lr_warmup_steps: NotNegative = 500
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_weight_decay: float = Field(0.01, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_weight_decay: float = Field(default=0.01, ge=0)
     max_grad_norm: Rate = 10.0
-    dm_weight: float = Field(1.0, ge=0, description="weight of the distribution-matching loss")
-    lambda_reg: float = Field(0.25, ge=0, description="weight of the regression loss")
+    dm_weight: float = Field(
+        default=1.0, ge=0, description="weight of the distribution-matching loss"
+    )
+    lambda_reg: float = Field(default=0.25, ge=0, description="weight of the regression loss")
     regression_loss: RegressionLoss = "l2"
-    guidance_scale: float = Field(7.5, ge=0, description="of the real score; standard scale")
-    t_min_fraction: float = Field(0.02, ge=0, lt=1)
-    t_max_fraction: float = Field(0.98, gt=0, le=1)
+    guidance_scale: float = Field(
+        default=7.5, ge=0, description="of the real score; standard scale"
+    )
+    t_min_fraction: float = Field(default=0.02, ge=0, lt=1)
+    t_max_fraction: float = Field(default=0.98, gt=0, le=1)
     checkpointing_steps: Positive = 500
     checkpoints_total_limit: Positive = 2
     validation_steps: Positive = 500
@@ -140,12 +158,12 @@ class EvaluateSection(Section):
 
     prompts: str = "shipped:held_out"
     max_prompts: Positive | None = None
-    seed: NotNegative = Field(1000, description="of the noise; other than pairs.seed")
-    teacher_steps: Positive | None = Field(None, description="empty: pairs.steps")
-    few_steps: tuple[Positive, ...] = Field((1, 2, 4), description="teacher baselines")
+    seed: NotNegative = Field(default=1000, description="of the noise; other than pairs.seed")
+    teacher_steps: Positive | None = Field(default=None, description="empty: pairs.steps")
+    few_steps: tuple[Positive, ...] = Field(default=(1, 2, 4), description="teacher baselines")
     batch_size: Positive = 32
     timing_repeats: Positive = 10
-    confidence: float = Field(0.95, gt=0.5, lt=1)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
     report_images: Positive = 32
 
 
@@ -153,13 +171,15 @@ class TeacherTrainSection(Section):
     """`dmd train-teacher`: the miniature Stable Diffusion."""
 
     data: Literal["emoji"] = "emoji"
-    output: str = Field("", description="pipeline folder; empty: <run.dir>/teacher")
+    output: str = Field(default="", description="pipeline folder; empty: <run.dir>/teacher")
     image_size: Literal[32, 64] = 32
     num_workers: Positive = 1
     use_gpu: bool = False
     threads_per_worker: Positive | None = None
     max_failures: NotNegative = 3
-    max_pictures: Positive | None = Field(None, description="train on the first so many only")
+    max_pictures: Positive | None = Field(
+        default=None, description="train on the first so many only"
+    )
     vae_steps: Positive = 4000
     vae_batch_size: Positive = 64
     vae_learning_rate: Rate = 1e-3
@@ -167,8 +187,8 @@ class TeacherTrainSection(Section):
     unet_batch_size: Positive = 64
     unet_learning_rate: Rate = 1e-3
     lr_warmup_steps: NotNegative = 200
-    ema_decay: float = Field(0.999, ge=0, lt=1)
-    caption_dropout: float = Field(0.1, ge=0, lt=1)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    caption_dropout: float = Field(default=0.1, ge=0, lt=1)
     mixed_precision: Literal["no", "bf16"] = "bf16"
     max_grad_norm: Rate = 1.0
     checkpointing_steps: Positive = 500

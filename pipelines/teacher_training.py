@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import ray.train
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -26,7 +26,7 @@ from dmd_core.checkpoint import (
     save_checkpoint,
     unpack_optimizer,
 )
-from dmd_core.miniature import MiniatureSize, build_miniature
+from dmd_core.miniature import MiniatureSize, assemble, build_miniature
 from dmd_core.noise import stable_seed
 from dmd_core.schedule import Schedule
 from pipelines import emoji
@@ -65,7 +65,7 @@ class _TeacherRun:
         self.pipeline = build_miniature(size, train_captions)
         self.vae = self.pipeline.vae.to(self.device)
         self.model = core.TextConditionalUNet(self.pipeline.unet, self.pipeline.text_encoder)
-        self.model.to(self.device, memory_format=torch.channels_last)
+        self.model.to(self.device).to(memory_format=torch.channels_last)
         self.ema = AveragedModel(
             self.model, multi_avg_fn=get_ema_multi_avg_fn(section.ema_decay), use_buffers=False
         )
@@ -228,18 +228,17 @@ class _TeacherRun:
         self.step = found.step
 
     def _write_pipeline(self) -> None:
-        averaged = self.ema.module
-        pipeline = StableDiffusionPipeline(
+        averaged: Any = self.ema.module
+        pipeline = assemble(
             vae=self.vae,
             text_encoder=averaged.text_encoder,
             tokenizer=self.pipeline.tokenizer,
             unet=averaged.unet,
             scheduler=self.pipeline.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
         )
-        pipeline.to("cpu", torch.float16).save_pretrained(self.section.output)
+        for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
+            part.to("cpu", torch.float16)
+        pipeline.save_pretrained(self.section.output)
 
     # ------------------------------------------------------------------ small helpers
 
@@ -261,7 +260,7 @@ class _TeacherRun:
 class _VaeLoss(nn.Module):
     """The VAE's loss as a module, so that DDP sees one forward pass."""
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
         self.vae = vae
 
