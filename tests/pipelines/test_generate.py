@@ -175,9 +175,10 @@ def committed_rows(root):
     )
 
 
+@pytest.mark.timeout(900)
 def test_a_killed_run_goes_on_where_it_ended(ray_cluster, tmp_path, tiny_teacher_dir):
     # Slow enough to be caught in the middle: many blocks of many steps.
-    slow = {"rows_per_block": 4, "steps": 60, "samples_per_prompt": 10}
+    slow = {"rows_per_block": 4, "steps": 60, "samples_per_prompt": 6}
     section = SECTION.model_copy(update=slow)
     job = Job(open_store(str(tmp_path / "set")), tiny_teacher_dir, tmp_path)
     landed = job.land(CAPTIONS, section)
@@ -185,10 +186,13 @@ def test_a_killed_run_goes_on_where_it_ended(ray_cluster, tmp_path, tiny_teacher
     arguments = [job.root.root, tiny_teacher_dir, str(tmp_path / "prompts.txt")]
     with open(tmp_path / "driver.log", "w") as log:
         driver = subprocess.Popen(
-            [*script, *arguments, section.model_dump_json()], stdout=log, stderr=log
+            [*script, *arguments, section.model_dump_json()],
+            cwd=Path(__file__).parents[2],
+            stdout=log,
+            stderr=log,
         )
         try:
-            deadline = time.monotonic() + 240
+            deadline = time.monotonic() + 480
             while not committed_rows(job.root) and time.monotonic() < deadline:
                 assert driver.poll() is None, (tmp_path / "driver.log").read_text()[-2000:]
                 time.sleep(0.05)
