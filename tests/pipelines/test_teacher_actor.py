@@ -82,8 +82,9 @@ def test_rows_without_a_usable_latent_leave_the_stream(make_actor, monkeypatch, 
         return latents
 
     monkeypatch.setattr(Teacher, "solve", solve)
-    found = decode_pairs(make_actor()(rows(4)))
-    assert found.pair_ids == (0, 2, 3)
+    table = make_actor()(rows(4))
+    found = decode_pairs(table)
+    assert found.pair_ids == (0, 2, 3) and table["seed"].to_pylist() == [100, 102, 103]
     assert torch.equal(found.noise, sample_noise([100, 102, 103], (4, 4, 4), torch.float16))
     (path,) = (tmp_path / "set" / "generations").glob("*/rejects/*.jsonl")
     (line,) = path.read_text().splitlines()
