@@ -6,8 +6,8 @@ from dmd_core.teacher import teacher_revision
 from jobs.config import resolve_shipped
 from jobs.session import Session
 from pipelines.config import PairsSection
-from pipelines.generate import fingerprint_of, generate_pairs
 from pipelines.manifest import Manifest, find_sealed
+from pipelines.pairs import fingerprint_of
 from pipelines.prompts import LandedPrompts, land_prompts
 from pipelines.storage import check_writable
 
@@ -24,6 +24,8 @@ def run(session: Session) -> dict[str, Any]:
     if sealed is not None:
         session.display.done(f"pairs: nothing to do, {_describe(sealed, session)}")
         return _summary(sealed, session, generated=False)
+    from pipelines.generate import generate_pairs  # imports Ray: not for "nothing to do"
+
     with session.watch("pairs", prompts.rows, "pairs") as board:
         manifest = generate_pairs(
             section,

@@ -117,6 +117,7 @@ class _TeacherRun:
                 * core.warmup_and_decay(self.step, total=section.vae_steps, warmup=100),
                 label="VAE",
             )
+            self._after_step("VAE")
 
     def _latents(self, pictures: np.ndarray, kept: np.ndarray) -> core.LatentSet:
         """The frozen VAE's latents of the training pictures, and the scale that makes them unit."""
@@ -167,7 +168,8 @@ class _TeacherRun:
                 lr=section.unet_learning_rate * factor,
                 label="UNet",
             )
-            self.ema.update_parameters(self.model)
+            self.ema.update_parameters(self.model)  # before the step may be saved
+            self._after_step("UNet")
 
     # ------------------------------------------------------------------ one step and its state
 
@@ -188,7 +190,6 @@ class _TeacherRun:
         optimizer.step()
         self.step += 1
         self.losses.append(float(loss))
-        self._after_step(label)
 
     def _after_step(self, label: str) -> None:
         if self.rank == 0 and self.board is not None and self.throttle.ready():
@@ -238,7 +239,8 @@ class _TeacherRun:
         )
         for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
             part.to("cpu", torch.float16)
-        pipeline.save_pretrained(self.section.output)
+        # Small enough files for any version control and transfer.
+        pipeline.save_pretrained(self.section.output, max_shard_size="8MB")
 
     # ------------------------------------------------------------------ small helpers
 
