@@ -104,4 +104,3 @@ def test_one_prompt_walks_all_ten_stations(tiny_teacher_dir, tmp_path, ray_clust
 
     # The whole again does nothing.
     assert set(dmd("demo")) == {"student", "report"}
-
