@@ -1,9 +1,9 @@
 """One prompt through all ten stations, through the public commands, on real Ray."""
 
 import json
+from pathlib import Path
 
 import numpy as np
-import pyarrow.dataset as ds
 import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline
@@ -40,8 +40,8 @@ def test_one_prompt_walks_all_ten_stations(tiny_teacher_dir, tmp_path, ray_clust
     # 1 prompt, 2 noise, 3 teacher ODE, 4 Parquet row
     assert dmd("pairs")["rows"] == len(PROMPTS)
     assert dmd("pairs")["generated"] is False
-    files = sorted((run / "pairs" / "generations").rglob("data/*.parquet"))
-    table = ds.dataset([str(file) for file in files]).to_table()
+    table, latents = _read_as_the_readme_says(run / "pairs")
+    assert latents.shape == (len(PROMPTS), 4, 4, 4)
     row = table["prompt"].to_pylist().index("a red fox")
     assert table["pair_id"][row].as_py() == stable_seed("pair", 0, "a red fox", 0)
     seed = table["seed"][row].as_py()
@@ -104,3 +104,13 @@ def test_one_prompt_walks_all_ten_stations(tiny_teacher_dir, tmp_path, ray_clust
 
     # The whole again does nothing.
     assert set(dmd("demo")) == {"student", "report"}
+
+
+def _read_as_the_readme_says(root: Path):
+    """Run the README's pyarrow snippet on another folder: (table, latents)."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    snippet = next(part for part in readme.split("```python\n")[1:] if "manifests" in part)
+    code = snippet.split("```")[0].replace("runs/demo/pairs", str(root)).replace("print(", "str(")
+    names: dict = {}
+    exec(code, names)
+    return names["table"], names["latents"]
