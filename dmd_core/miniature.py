@@ -43,8 +43,20 @@ class MiniatureSize:
         return self.image_size // 2 ** (len(self.vae_channels) - 1)
 
 
-def build_tokenizer(captions: Iterable[str], size: MiniatureSize) -> CLIPTokenizer:
-    """CLIP's own byte-pair tokenizer, with merges learned from `captions`."""
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a byte-pair tokenizer knows: token → id, and merges in order."""
+
+    tokens: dict[str, int]
+    merges: tuple[tuple[str, str], ...]
+
+
+def learn_vocabulary(captions: Iterable[str], size: MiniatureSize) -> Vocabulary:
+    """Byte-pair merges learned from `captions`, for CLIP's own tokenizer.
+
+    Not the same from process to process: the trainer breaks ties by hash order. Keep the result;
+    a model reads its embeddings by these ids.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     template = CLIPTokenizer(vocab={BOS: 0, EOS: 1}, merges=[]).backend_tokenizer
@@ -61,8 +73,12 @@ def build_tokenizer(captions: Iterable[str], size: MiniatureSize) -> CLIPTokeniz
     alphabet = [chr(code) for code in range(33, 127)]
     bpe.train_from_iterator([*captions, *alphabet], trainer)
     model = json.loads(bpe.to_str())["model"]
-    merges: Any = [tuple(merge) for merge in model["merges"]]
-    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=size.max_tokens)
+    return Vocabulary(model["vocab"], tuple((left, right) for left, right in model["merges"]))
+
+
+def make_tokenizer(vocabulary: Vocabulary, size: MiniatureSize) -> CLIPTokenizer:
+    merges: Any = list(vocabulary.merges)
+    return CLIPTokenizer(vocab=vocabulary.tokens, merges=merges, model_max_length=size.max_tokens)
 
 
 def build_vae(size: MiniatureSize) -> AutoencoderKL:
@@ -130,24 +146,27 @@ def build_scheduler(
 
 def build_miniature(
     size: MiniatureSize,
-    captions: Iterable[str],
+    vocabulary: Vocabulary,
     prediction_type: PredictionType = "v_prediction",
 ) -> StableDiffusionPipeline:
     """A `StableDiffusionPipeline` with random weights."""
-    tokenizer = build_tokenizer(captions, size)
+    tokenizer = make_tokenizer(vocabulary, size)
     return assemble(
-        vae=build_vae(size),
-        text_encoder=build_text_encoder(size, tokenizer),
-        tokenizer=tokenizer,
-        unet=build_unet(size),
-        scheduler=build_scheduler(prediction_type),
+        {
+            "vae": build_vae(size),
+            "text_encoder": build_text_encoder(size, tokenizer),
+            "tokenizer": tokenizer,
+            "unet": build_unet(size),
+            "scheduler": build_scheduler(prediction_type),
+        }
     )
 
 
-def assemble(**parts: Any) -> StableDiffusionPipeline:
-    """A `StableDiffusionPipeline` of `parts`, without the safety checker."""
-    return StableDiffusionPipeline(
-        **parts,
-        **{"safety_checker": None, "feature_extractor": None},
-        requires_safety_checker=False,
-    )
+def assemble(parts: dict[str, Any]) -> StableDiffusionPipeline:
+    """A `StableDiffusionPipeline` of its five `parts`, without the safety checker."""
+    absent: dict[str, Any] = {
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+    return StableDiffusionPipeline(**(parts | absent))

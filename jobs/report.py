@@ -22,8 +22,8 @@ def run(session: Session) -> dict[str, Any]:
         raise JobError(f"{store.url} has no {METRICS}; run `dmd evaluate` with this recipe first")
     path = store.path(REPORT) if is_local(store.fs) else f"{store.url}/{REPORT}"
     # The metrics name everything they were made from, so their digest stands for the run.
-    with store.fs.open(store.path(METRICS), "rb") as file:
-        made_from = hashlib.sha256(file.read()).hexdigest()
+    metrics: Any = store.fs.cat_file(store.path(METRICS))
+    made_from = hashlib.sha256(metrics).hexdigest()
     done = session.read_json(STATE)
     if (
         done is not None

@@ -21,6 +21,7 @@ from pipelines.storage import Store, check_writable, local_copy, open_store
 _LIBRARIES = ("ray", "torch", "diffusers", "transformers", "pyarrow", "s3fs", "numpy")
 # Settings that may change when a run goes on; any other change is another run.
 _MAY_CHANGE = {
+    "run.dir",
     "ray",
     "evaluate",
     "train_teacher",

@@ -5,6 +5,7 @@ text encoder. Every random number is keyed by (seed, stage, step, rank), so a re
 as an undisturbed one would.
 """
 
+import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -26,7 +27,14 @@ from dmd_core.checkpoint import (
     save_checkpoint,
     unpack_optimizer,
 )
-from dmd_core.miniature import MiniatureSize, assemble, build_miniature
+from dmd_core.files import write_atomic
+from dmd_core.miniature import (
+    MiniatureSize,
+    Vocabulary,
+    assemble,
+    build_miniature,
+    learn_vocabulary,
+)
 from dmd_core.noise import stable_seed
 from dmd_core.schedule import Schedule
 from pipelines import emoji
@@ -62,10 +70,11 @@ class _TeacherRun:
         train_captions = [
             item.caption for item, held in zip(self.items, self.held_out, strict=True) if not held
         ]
-        self.pipeline = build_miniature(size, train_captions)
+        self.pipeline = build_miniature(size, self._vocabulary(train_captions, size))
         self.vae = self.pipeline.vae.to(self.device)
         self.model = core.TextConditionalUNet(self.pipeline.unet, self.pipeline.text_encoder)
-        self.model.to(self.device).to(memory_format=torch.channels_last)
+        on_device: Any = self.model.to(self.device)
+        on_device.to(memory_format=torch.channels_last)
         self.ema = AveragedModel(
             self.model, multi_avg_fn=get_ema_multi_avg_fn(section.ema_decay), use_buffers=False
         )
@@ -78,6 +87,18 @@ class _TeacherRun:
         self.total = section.vae_steps + section.unet_steps
         self.losses: list[float] = []
         self.throttle = Throttle(1.0)
+
+    def _vocabulary(self, captions: list[str], size: MiniatureSize) -> Vocabulary:
+        """Learned once, by rank 0 of the first start, and kept: the embeddings go by its ids."""
+        path = self.store.path("vocabulary.json")
+        if self.rank == 0 and not self.store.fs.exists(path):
+            learned = vars(learn_vocabulary(captions, size))
+            write_atomic(self.store.fs, path, json.dumps(learned).encode())
+        if self.world > 1:
+            torch.distributed.barrier()
+        kept = json.loads(self.store.fs.cat_file(path))
+        merges = tuple((left, right) for left, right in kept["merges"])
+        return Vocabulary(kept["tokens"], merges)
 
     # ------------------------------------------------------------------ the journey of a run
 
@@ -231,11 +252,13 @@ class _TeacherRun:
     def _write_pipeline(self) -> None:
         averaged: Any = self.ema.module
         pipeline = assemble(
-            vae=self.vae,
-            text_encoder=averaged.text_encoder,
-            tokenizer=self.pipeline.tokenizer,
-            unet=averaged.unet,
-            scheduler=self.pipeline.scheduler,
+            {
+                "vae": self.vae,
+                "text_encoder": averaged.text_encoder,
+                "tokenizer": self.pipeline.tokenizer,
+                "unet": averaged.unet,
+                "scheduler": self.pipeline.scheduler,
+            }
         )
         for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
             part.to("cpu", torch.float16)

@@ -48,7 +48,7 @@ def tiny_teacher_dir(tmp_path_factory) -> str:
     """A folder with a StableDiffusionPipeline of random weights: 16×16 pixels, 4×4 latents."""
     import torch
 
-    from dmd_core.miniature import MiniatureSize, build_miniature
+    from dmd_core.miniature import MiniatureSize, build_miniature, learn_vocabulary
 
     size = MiniatureSize(
         image_size=16,
@@ -63,7 +63,7 @@ def tiny_teacher_dir(tmp_path_factory) -> str:
     )
     torch.manual_seed(0)
     folder = str(tmp_path_factory.mktemp("teacher") / "tiny")
-    build_miniature(size, CAPTIONS).save_pretrained(folder)
+    build_miniature(size, learn_vocabulary(CAPTIONS, size)).save_pretrained(folder)
     return folder
 
 
