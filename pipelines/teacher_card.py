@@ -17,7 +17,7 @@ from pipelines.config import TeacherTrainSection
 from pipelines.plots import picture_grid
 from pipelines.storage import Store
 
-_SOLVER, _STEPS, _GUIDANCE = "dpmsolver++", 25, 3.0
+_SOLVER, _STEPS, _GUIDANCE = "dpmsolver++", 20, 2.5
 _CAPTIONS_MEASURED = 198
 _GRID = 24
 
