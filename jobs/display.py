@@ -20,6 +20,7 @@ from rich.progress import (
 
 _POLL_SECONDS = 0.5
 _LOG_SECONDS = 5.0
+_LOG_WIDTH = 160
 
 
 class Display:
@@ -31,7 +32,8 @@ class Display:
 
     def __init__(self, *, quiet: bool = False) -> None:
         stream = os.fdopen(os.dup(2), "w", buffering=1)
-        self.console = Console(file=stream, quiet=quiet, highlight=False)
+        width = None if stream.isatty() else _LOG_WIDTH  # a log's lines are not wrapped
+        self.console = Console(file=stream, quiet=quiet, highlight=False, width=width)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
