@@ -45,7 +45,10 @@ class Display:
     def stage(
         self, title: str, total: int, unit: str, read: Callable[[], tuple[int, dict[str, Any]]]
     ) -> Iterator[None]:
-        """Show `read()` = (done, fields) until the block ends, as a bar or as lines."""
+        """Show `read()` = (done, fields) until the block ends, as a bar or as lines.
+
+        A field `total` takes the place of `total`, for work whose size shows only later.
+        """
         if self.console.quiet:
             yield
             return
@@ -78,7 +81,13 @@ class Display:
             rate = _Rate(unit)
             while not stop.wait(_POLL_SECONDS):
                 done, fields = read()
-                progress.update(task, completed=done, rate=rate(done), extra=_extra(fields))
+                progress.update(
+                    task,
+                    completed=done,
+                    total=fields.get("total", total),
+                    rate=rate(done),
+                    extra=_extra(fields),
+                )
 
     def _lines(self, title: str, total: int, unit: str, read, stop: threading.Event) -> None:
         rate, last = _Rate(unit), -1
@@ -86,9 +95,10 @@ class Display:
             done, fields = read()
             text = rate(done)
             if done != last:
-                left = rate.seconds_left(done, total)
+                goal = fields.get("total", total)
+                left = rate.seconds_left(done, goal)
                 eta = "" if left is None else f", {left:.0f} s left"
-                self.say(f"{title}: {done}/{total} {text}{eta}  {_extra(fields)}".rstrip())
+                self.say(f"{title}: {done}/{goal} {text}{eta}  {_extra(fields)}".rstrip())
                 last = done
 
 
