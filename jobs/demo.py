@@ -4,6 +4,8 @@ Each station is the verb of its own; what is finished is skipped, so a killed de
 is started again.
 """
 
+import os
+import sys
 import time
 from typing import Any
 
@@ -17,7 +19,9 @@ def run(session: Session) -> dict[str, Any]:
     """Pairs, train, export, evaluate, report; returns where the results lie."""
     started = time.monotonic()
     results = {station.__name__.rsplit(".", 1)[-1]: station.run(session) for station in STATIONS}
-    student, page = results["export"]["student"], results["report"]["report"]
+    student, page = (
+        _short(path) for path in (results["export"]["student"], results["report"]["report"])
+    )
     session.display.say(
         f"\nfinished in {time.monotonic() - started:.0f} s\n"
         f"  report   {page}\n"
@@ -35,10 +39,17 @@ def plan(session: Session) -> dict[str, Any]:
 
 def picture_command(student: str) -> str:
     return (
-        'python -c "from diffusers import DiffusionPipeline; '
+        f'{_short(sys.executable)} -c "from diffusers import DiffusionPipeline; '
         f"DiffusionPipeline.from_pretrained('{student}')"
         "('fox', num_inference_steps=1, guidance_scale=0).images[0].save('fox.png')\""
     )
+
+
+def _short(path: str) -> str:
+    """A path below the current folder as people would type it; any other unchanged."""
+    if path.startswith(os.getcwd() + os.sep):
+        return os.path.relpath(path)
+    return path
 
 
 if __name__ == "__main__":

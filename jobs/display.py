@@ -36,10 +36,10 @@ class Display:
         self.console = Console(file=stream, quiet=quiet, highlight=False, width=width)
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, soft_wrap=True)
 
     def done(self, text: str) -> None:
-        self.console.print(f"[green]✓[/green] {text}")
+        self.console.print(f"[green]✓[/green] {text}", soft_wrap=True)
 
     @contextmanager
     def stage(
