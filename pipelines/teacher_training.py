@@ -8,6 +8,7 @@ as an undisturbed one would.
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -264,6 +265,9 @@ class _TeacherRun:
             part.to("cpu", torch.float16)
         # Small enough files for any version control and transfer.
         pipeline.save_pretrained(self.section.output, max_shard_size="8MB")
+        # transformers loads in the dtype of this entry, diffusers in float32: let both agree.
+        config = Path(self.section.output) / "text_encoder" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}))
 
     # ------------------------------------------------------------------ small helpers
 

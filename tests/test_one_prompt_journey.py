@@ -110,7 +110,7 @@ def _read_as_the_readme_says(root: Path):
     """Run the README's pyarrow snippet on another folder: (table, latents)."""
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     snippet = next(part for part in readme.split("```python\n")[1:] if "manifests" in part)
-    code = snippet.split("```")[0].replace("runs/demo/pairs", str(root)).replace("print(", "str(")
+    code = snippet.split("```")[0].replace("runs/demo/pairs", str(root))
     names: dict = {}
     exec(code, names)
     return names["table"], names["latents"]
