@@ -1,5 +1,8 @@
 """`dmd train-teacher`: the miniature Stable Diffusion from captioned emoji, with Ray Train."""
 
+import os
+import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ def run(session: Session) -> dict[str, Any]:
     from pipelines.teacher_training import train_teacher_loop
     from pipelines.workers import run_worker_group
 
+    started = time.monotonic()
     with session.watch("train-teacher", total, "steps") as board:
         run_worker_group(
             train_teacher_loop,
@@ -44,7 +48,12 @@ def run(session: Session) -> dict[str, Any]:
     from pipelines.teacher_card import write_card
 
     session.display.say("train-teacher: measuring seen and held-out captions")
-    figures = write_card(section, session.store, seed=session.recipe.run.seed)
+    effort = (
+        f"Trained on {section.num_workers} worker(s) of a machine with {os.cpu_count()} cores "
+        f"({platform.processor() or platform.machine()}); the last start took "
+        f"{time.monotonic() - started:.0f} s."
+    )
+    figures = write_card(section, seed=session.recipe.run.seed, effort=effort)
     session.display.done(f"train-teacher: {section.output}")
     return {"teacher": section.output, "trained": True, **figures}
 

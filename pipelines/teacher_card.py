@@ -15,15 +15,17 @@ from dmd_core.teacher import Teacher, load_teacher
 from pipelines import emoji
 from pipelines.config import TeacherTrainSection
 from pipelines.plots import picture_grid
-from pipelines.storage import Store
 
 _SOLVER, _STEPS, _GUIDANCE = "dpmsolver++", 20, 2.5
 _CAPTIONS_MEASURED = 198
 _GRID = 24
 
 
-def write_card(section: TeacherTrainSection, store: Store, *, seed: int) -> dict[str, Any]:
-    """Measure seen and held-out captions; write gallery, samples.png and README.md."""
+def write_card(section: TeacherTrainSection, *, seed: int, effort: str) -> dict[str, Any]:
+    """Measure seen and held-out captions; write gallery, samples.png and README.md.
+
+    `effort` says in words on what and how long it was trained.
+    """
     teacher = load_teacher(section.output)
     items = emoji.load_emoji()[: section.max_pictures]
     held_out = np.array(emoji.held_out(items))
@@ -48,7 +50,13 @@ def write_card(section: TeacherTrainSection, store: Store, *, seed: int) -> dict
     folder = Path(section.output)
     (folder / "samples.png").write_bytes(picture_grid(grid))
     (folder / "README.md").write_text(
-        _card(section, teacher, figures, [c for c, h in zip(captions, held_out, strict=True) if h])
+        _card(
+            section,
+            teacher,
+            figures,
+            effort,
+            [c for c, h in zip(captions, held_out, strict=True) if h],
+        )
     )
     return figures
 
@@ -71,7 +79,11 @@ def _sample(teacher: Teacher, captions: list[str], seed: int, batch: int = 66) -
 
 
 def _card(
-    section: TeacherTrainSection, teacher: Teacher, figures: dict[str, Any], held_out: list[str]
+    section: TeacherTrainSection,
+    teacher: Teacher,
+    figures: dict[str, Any],
+    effort: str,
+    held_out: list[str],
 ) -> str:
     pipeline = teacher.pipeline
     sizes = {
@@ -93,6 +105,7 @@ Parameters: {", ".join(f"{name} {count / 1e6:.1f} M" for name, count in sizes.it
 
 Made by `dmd train-teacher --recipe emoji`: {section.vae_steps} VAE steps of \
 {section.vae_batch_size} pictures, {section.unet_steps} UNet steps of {section.unet_batch_size}.
+{effort}
 
 ## Data and credit
 
