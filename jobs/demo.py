@@ -41,7 +41,8 @@ def picture_command(student: str) -> str:
     return (
         f'{_short(sys.executable)} -c "from diffusers import DiffusionPipeline; '
         f"DiffusionPipeline.from_pretrained('{student}')"
-        "('woman and man holding hands', num_inference_steps=1, guidance_scale=0).images[0].save('hands.png')\""
+        "('woman and man holding hands', num_inference_steps=1, guidance_scale=0)"
+        ".images[0].save('hands.png')\""
     )
 
 
