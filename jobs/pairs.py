@@ -4,6 +4,7 @@ from typing import Any
 
 from dmd_core.teacher import teacher_revision
 from jobs.config import resolve_shipped
+from jobs.errors import Exit, JobError
 from jobs.session import Session
 from pipelines.config import PairsSection
 from pipelines.manifest import Manifest, find_sealed
@@ -37,6 +38,7 @@ def run(session: Session) -> dict[str, Any]:
             board=board,
         )
     session.display.done(f"pairs: {_describe(manifest, session)}")
+    check_rejects(manifest.rows, manifest.rejected, section.max_rejected_share)
     return _summary(manifest, session, generated=True)
 
 
@@ -60,6 +62,18 @@ def plan(session: Session) -> dict[str, Any]:
 def evaluations_per_picture(section: PairsSection) -> int:
     """UNet evaluations of one sample: guidance doubles them."""
     return section.steps * (2 if section.guidance_scale > 1 else 1)
+
+
+def check_rejects(rows: int, rejected: int, allowed: float) -> None:
+    """Raise `JobError` with exit code 5 when more than the `allowed` share was rejected."""
+    share = rejected / max(1, rows + rejected)
+    if share > allowed:
+        raise JobError(
+            f"the version is sealed, but {rejected} of {rows + rejected} rows were rejected "
+            f"({share:.1%}; pairs.max_rejected_share allows {allowed:.1%}). The reasons are in the "
+            "generation's rejects/ folder; the same command tries those rows again.",
+            Exit.REJECTS,
+        )
 
 
 def _land(session: Session) -> LandedPrompts:

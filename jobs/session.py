@@ -37,6 +37,7 @@ _MAY_CHANGE = {
     "train.num_validation_images",
     "train.logging_steps",
     "train.report_to",
+    "pairs.max_rejected_share",
     "pairs.actors",
     "pairs.cpus_per_actor",
     "pairs.gpus_per_actor",

@@ -78,6 +78,9 @@ class PairsSection(Section):
     rows_per_block: Positive = Field(default=64, description="unit of work, and of lost work")
     row_group_rows: Positive = 64
     actors: Positive = 1
+    max_rejected_share: float = Field(
+        default=0.01, ge=0, le=1, description="more rejected rows than this: exit code 5"
+    )
     cpus_per_actor: float = Field(default=1, ge=0)
     gpus_per_actor: float = Field(default=0, ge=0)
     threads_per_actor: Positive | None = Field(

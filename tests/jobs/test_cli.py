@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from jobs.cli import VERBS, main
-from jobs.errors import Exit
+from jobs.errors import Exit, JobError
+from jobs.pairs import check_rejects
 
 
 @pytest.fixture
@@ -104,6 +105,13 @@ def test_other_settings_in_a_run_folder_with_work_are_refused(dmd):
     assert code == Exit.REFUSED and "train.learning_rate: 0.001 → 0.5" in message
     code, message = dmd("train", train__max_train_steps=50)
     assert "dmd pairs" in message  # going on for longer is allowed
+
+
+def test_too_many_rejected_rows_are_exit_code_5():
+    check_rejects(rows=99, rejected=1, allowed=0.01)
+    with pytest.raises(JobError, match="2 of 100 rows") as caught:
+        check_rejects(rows=98, rejected=2, allowed=0.01)
+    assert caught.value.code == Exit.REJECTS == 5
 
 
 def test_an_unknown_key_is_a_usage_error(dmd):
