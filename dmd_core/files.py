@@ -2,6 +2,7 @@
 
 import os
 import uuid
+from collections.abc import Callable
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -21,9 +22,17 @@ def write_atomic(fs: AbstractFileSystem, path: str, data: bytes) -> None:
     A single PUT is atomic on an object store; a local disk needs a temporary file, a flush to the
     disk and a rename.
     """
-    if not is_local(fs):
+    if is_local(fs):
+        publish_local(path, data, os.replace)
+    else:
         fs.pipe_file(path, data)
-        return
+
+
+def publish_local(path: str, data: bytes, publish: Callable[[str, str], None]) -> None:
+    """Finish a temporary file on the disk, then `publish(temporary, path)`.
+
+    `os.replace` puts it there whatever stood at `path`; `os.link` only if nothing did.
+    """
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     try:
@@ -31,7 +40,7 @@ def write_atomic(fs: AbstractFileSystem, path: str, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        publish(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)

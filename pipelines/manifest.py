@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 from fsspec import AbstractFileSystem
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dmd_core.files import is_local
+from dmd_core.files import is_local, publish_local
 from pipelines.storage import Store
 
 SCHEMA_VERSION = 1
@@ -266,7 +266,7 @@ def _create(fs: AbstractFileSystem, path: str, data: bytes) -> BaseException | N
     """Create `path`, or return the error; after one, `path` may or may not hold `data`."""
     try:
         if is_local(fs):
-            _create_local(path, data)
+            publish_local(path, data, os.link)  # whole, and only if absent
         else:
             fs.pipe_file(path, data, mode="create")
     except PermissionError as error:
@@ -274,21 +274,6 @@ def _create(fs: AbstractFileSystem, path: str, data: bytes) -> BaseException | N
     except _transport_errors(fs) as error:
         return error
     return None
-
-
-def _create_local(path: str, data: bytes) -> None:
-    """Whole, and only if absent: a hard link to a finished temporary file."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def _owner(fs: AbstractFileSystem, path: str) -> str | None:
