@@ -54,7 +54,6 @@ class Session:
         self.store: Store = open_store(recipe.run.dir, recipe.storage)
         self._stack = ExitStack()
         self._ray_started = False
-        self.ray_logs: str | None = None
 
     def __enter__(self) -> "Session":
         return self
@@ -149,7 +148,7 @@ class Session:
 
         self._stack.enter_context(redirected_output(self._log_path()))
         settings = self.recipe.ray
-        self.ray_logs = self._stack.enter_context(
+        self._stack.enter_context(
             ray_cluster(
                 address=settings.address,
                 num_cpus=settings.num_cpus,
