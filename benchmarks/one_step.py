@@ -36,7 +36,9 @@ def main() -> int:
             raise JobError(f"{session.store.url} has no student; run `dmd demo` first")
         recipe = session.recipe
         timing = measure_speed(
-            SamplingPlan.from_sections(recipe.evaluate, recipe.pairs),
+            SamplingPlan.from_sections(
+                recipe.evaluate, recipe.pairs, recipe.train.student_timesteps
+            ),
             Networks(session.teacher_url, exported["student"], recipe.storage),
             read_prompts(resolve_shipped(recipe.evaluate.prompts), recipe.storage).prompts,
             options.repeats,

@@ -89,6 +89,15 @@ def load_checkpoint(
     return _read(fs, checkpoint_path(root, chosen), chosen, older=[s for s in steps if s < chosen])
 
 
+def read_state(fs: AbstractFileSystem, root: str, step: int) -> dict[str, Any]:
+    """`state` alone of a committed checkpoint, without its tensors."""
+    path = join(checkpoint_path(root, step), "state.json")
+    try:
+        return json.loads(fs.cat_file(path))
+    except (ValueError, FileNotFoundError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
 def prune_checkpoints(fs: AbstractFileSystem, root: str, keep: int) -> None:
     """Keep the newest `keep`. The marker goes first, so that no half one is believed."""
     for step in committed_steps(fs, root)[:-keep]:

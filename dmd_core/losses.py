@@ -1,14 +1,22 @@
-"""Station 6: the losses of DMD, as pure functions of tensors.
+"""Station 6: the losses of DMD and DMD2, as pure functions of tensors.
 
-Yin et al., "One-step Diffusion with Distribution Matching Distillation", CVPR 2024
-(arXiv 2311.18828). Pictures or latents are (B,C,H,W); every function returns one value per sample,
-(B,), so that the caller weights samples, also when workers hold unequal parts of a batch.
+DMD: Yin et al., "One-step Diffusion with Distribution Matching Distillation", CVPR 2024
+(arXiv 2311.18828). DMD2: Yin et al., NeurIPS 2024 (arXiv 2405.14867). Pictures or latents are
+(B,C,H,W); every loss returns one value per sample, (B,), so that the caller weights samples, also
+when workers hold unequal parts of a batch.
 """
+
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from torch.nn import functional as F
 
 REGRESSION_LOSSES = ("l1", "l2", "huber")
+# (x, y) → distance per sample (B,)
+Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+DmWeighting = Literal["normalised", "sigma_over_alpha", "sigma3_over_alpha"]
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:
@@ -17,15 +25,38 @@ def _mean(values: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def dmd_gradient(x: torch.Tensor, x0_real: torch.Tensor, x0_fake: torch.Tensor) -> torch.Tensor:
-    """The distribution-matching gradient g = (x̂_fake − x̂_real) / mean|x − x̂_real|, (B,C,H,W).
+def dmd_gradient(
+    x: torch.Tensor,
+    x0_real: torch.Tensor,
+    x0_fake: torch.Tensor,
+    *,
+    weighting: DmWeighting = "normalised",
+    alpha_t: torch.Tensor | None = None,
+    sigma_t: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The distribution-matching gradient w_t α_t (s_fake − s_real) of DMD Eq. 7: (B,C,H,W).
 
-    Eq. 7 and 8 with both scores written as x₀-predictions: s = −(x_t − α_t x̂₀)/σ_t², so
-    s_fake − s_real = α_t (x̂_fake − x̂_real)/σ_t², and w_t = (σ_t²/α_t)·CS/‖x̂_real − x‖₁ leaves a
-    factor α_t, which the paper's Algorithm 2 drops. The normaliser is one number per sample.
+    With both scores written as x₀-predictions, s = −(x_t − α_t x̂₀)/σ_t², the gradient is
+    w_t (α_t/σ_t)² (x̂_fake − x̂_real). The paper's choice of w_t and the two it is compared with:
+
+    - "normalised" (Eq. 8): w_t = (σ_t²/α_t) · CS/‖x̂_real − x‖₁, one number per sample. It leaves a
+      factor α_t, which the paper's Algorithm 2 drops: g = (x̂_fake − x̂_real) / mean|x − x̂_real|.
+    - "sigma_over_alpha": w_t = σ_t/α_t (DreamFusion's): g = (α_t/σ_t)(x̂_fake − x̂_real).
+    - "sigma3_over_alpha": w_t = σ_t³/α_t (ProlificDreamer's): g = α_t σ_t (x̂_fake − x̂_real).
+
+    `alpha_t`, `sigma_t` broadcast against x; only the last two need them.
     """
-    normaliser = (x - x0_real).abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
-    return (x0_fake - x0_real) / normaliser.clamp_min(1e-6)
+    difference = x0_fake - x0_real
+    if weighting == "normalised":
+        normaliser = (x - x0_real).abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
+        return difference / normaliser.clamp_min(1e-6)
+    if alpha_t is None or sigma_t is None:
+        raise ValueError(f"weighting {weighting!r} needs alpha_t and sigma_t")
+    if weighting == "sigma_over_alpha":
+        return (alpha_t / sigma_t * difference).to(x.dtype)
+    if weighting == "sigma3_over_alpha":
+        return (alpha_t * sigma_t * difference).to(x.dtype)
+    raise ValueError(f"weighting {weighting!r}; expected one of {', '.join(get_args(DmWeighting))}")
 
 
 def distribution_matching_loss(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -33,25 +64,41 @@ def distribution_matching_loss(x: torch.Tensor, gradient: torch.Tensor) -> torch
     return 0.5 * _mean((x - (x - gradient).detach()).square())
 
 
-def fake_score_loss(
-    x0_fake: torch.Tensor, x: torch.Tensor, snr_weight: torch.Tensor
-) -> torch.Tensor:
-    """Weight(t) · ‖x̂_fake(x_t, t) − sg(x)‖², mean per sample: (B,) (Algorithm 3).
+def fake_score_loss(x0_fake: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """weight(t) · ‖x̂_fake(x_t, t) − sg(x)‖², mean per sample: (B,) (DMD Eq. 6, Algorithm 3).
 
     With weight = SNR(t) = α_t²/σ_t² this is the mean squared error of ε, as for SD 1.5.
     """
-    return snr_weight.to(x0_fake) * _mean((x0_fake - x.detach()).square())
+    return weight.to(x0_fake) * _mean((x0_fake - x.detach()).square())
 
 
-def regression_loss(x: torch.Tensor, y: torch.Tensor, kind: str) -> torch.Tensor:
-    """Distance of the student's output to the teacher's for the same noise (Eq. 9): (B,).
+def regression_distance(kind: str) -> Distance:
+    """A plain distance in the space of x and y, by name (DMD Eq. 9 uses LPIPS on decoded pixels:
+    `dmd_core.perceptual`)."""
+    distances: dict[str, Distance] = {
+        "l1": lambda x, y: _mean((x - y).abs()),
+        "l2": lambda x, y: _mean((x - y).square()),
+        "huber": lambda x, y: _mean(F.huber_loss(x, y, reduction="none", delta=0.5)),
+    }
+    if kind not in distances:
+        raise ValueError(f"regression loss {kind!r}; expected one of {', '.join(distances)}")
+    return distances[kind]
 
-    The paper uses LPIPS on decoded pixels; these are distances in the space of x and y.
+
+def gan_generator_loss(logits: torch.Tensor) -> torch.Tensor:
+    """−log D(x): softplus(−logits), non-saturating: (B,) (DMD2 Eq. 4, generator's side)."""
+    return F.softplus(-logits)
+
+
+def gan_discriminator_loss(logits_fake: torch.Tensor, logits_real: torch.Tensor) -> torch.Tensor:
+    """−log(1 − D(fake)) − log D(real): (B,) (DMD2 Eq. 4, discriminator's side)."""
+    return F.softplus(logits_fake) + F.softplus(-logits_real)
+
+
+def r1_penalty(logits_real: torch.Tensor, logits_near: torch.Tensor, sigma: float) -> torch.Tensor:
+    """((D(x + σ n) − D(x)) / σ)², n ~ N(0, I): (B,).
+
+    Its mean over n tends to ‖∇D(x)‖², R1 (Mescheder et al. 2018), as σ → 0, by differences instead
+    of a second derivative (Lin et al. 2025, arXiv 2501.08316), so any attention kernel will do.
     """
-    if kind == "l1":
-        return _mean((x - y).abs())
-    if kind == "l2":
-        return _mean((x - y).square())
-    if kind == "huber":
-        return _mean(F.huber_loss(x, y, reduction="none", delta=0.5))
-    raise ValueError(f"regression loss {kind!r}; expected one of {', '.join(REGRESSION_LOSSES)}")
+    return ((logits_near - logits_real) / sigma).square()

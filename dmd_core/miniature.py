@@ -8,7 +8,7 @@ v-prediction network says x₀ almost directly, where an ε-prediction network's
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from diffusers import (
     AutoencoderKL,
@@ -18,8 +18,7 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dmd_core.schedule import PredictionType
-
+MiniaturePrediction = Literal["epsilon", "v_prediction", "sample"]
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -128,7 +127,7 @@ def build_text_encoder(size: MiniatureSize, tokenizer: CLIPTokenizer) -> CLIPTex
 
 
 def build_scheduler(
-    prediction_type: PredictionType = "v_prediction",
+    prediction_type: MiniaturePrediction = "v_prediction",
 ) -> DPMSolverMultistepScheduler:
     """Stable Diffusion's noise schedule (scaled-linear β from 0.00085 to 0.012)."""
     return DPMSolverMultistepScheduler(
@@ -147,7 +146,7 @@ def build_scheduler(
 def build_miniature(
     size: MiniatureSize,
     vocabulary: Vocabulary,
-    prediction_type: PredictionType = "v_prediction",
+    prediction_type: MiniaturePrediction = "v_prediction",
 ) -> StableDiffusionPipeline:
     """A `StableDiffusionPipeline` with random weights."""
     tokenizer = make_tokenizer(vocabulary, size)

@@ -4,14 +4,18 @@ Only deterministic solvers are allowed: a stochastic one defines no noise→pict
 then a stored pair means nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from inspect import signature
+from typing import Any
 
 import diffusers
 import torch
 
+from dmd_core.condition import Condition
 from dmd_core.denoiser import RawNetwork
+from dmd_core.diffusers_schedules import family, flow_shift
 
-# name → (diffusers class, settings that make it a deterministic ODE solver)
+# name → (diffusers class, settings that make it a deterministic ODE solver down to x₀)
 SOLVERS: dict[str, tuple[str, dict]] = {
     # Latents are not pictures: clipping x₀ to [−1, 1], this class's default, would be wrong.
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
@@ -20,20 +24,72 @@ SOLVERS: dict[str, tuple[str, dict]] = {
         "DPMSolverMultistepScheduler",
         {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"},
     ),
-    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2}),
+    "unipc": ("UniPCMultistepScheduler", {"solver_order": 2, "final_sigmas_type": "zero"}),
     "heun": ("HeunDiscreteScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {"final_sigmas_type": "zero"}),
+    "flow_euler": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": False}),
+    "edm_euler": ("EDMEulerScheduler", {"final_sigmas_type": "zero"}),
+    "edm_dpmsolver++": (
+        "EDMDPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"},
+    ),
 }
 
+# A variance-preserving teacher's α_t, σ_t and meaning of the output. Passed on by name, because
+# `from_config` drops what was a default, and the classes differ in theirs (Heun's β).
+_NOISE_SETTINGS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "snr_shift_scale",
+    "prediction_type",
+)
+_WITHOUT_X0_PREDICTION = ("pndm", "heun")
 
-def make_scheduler(solver: str, config: dict):
+
+def solvers_for(config: Mapping[str, Any]) -> list[str]:
+    """The solvers that fit the family of a teacher whose scheduler has `config`."""
+    wanted = family(config.get("_class_name", ""), config)
+    return [name for name, (class_name, _) in SOLVERS.items() if family(class_name, {}) == wanted]
+
+
+def make_scheduler(solver: str, config: Mapping[str, Any]):
     """A fresh diffusers scheduler for `solver`, on the noise schedule of the teacher's `config`."""
     if solver not in SOLVERS:
         raise ValueError(
             f"solver {solver!r} is not one of the deterministic solvers {', '.join(SOLVERS)}"
         )
+    fitting = solvers_for(config)
+    if solver not in fitting:
+        raise ValueError(
+            f"solver {solver!r} does not fit the teacher's noise schedule "
+            f"({config.get('_class_name', 'no _class_name')}); expected one of {', '.join(fitting)}"
+        )
     class_name, settings = SOLVERS[solver]
-    return getattr(diffusers, class_name).from_config(dict(config), **settings)
+    cls = getattr(diffusers, class_name)
+    kind = family(class_name, {})
+    if kind == "vp":
+        settings = {**_noise_settings(solver, cls, config), **settings}
+    elif kind == "flow":
+        settings = {"shift": flow_shift(config, image_tokens=None), **settings}
+    return cls.from_config(dict(config), **settings)
+
+
+def _noise_settings(solver: str, cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The teacher's noise schedule as arguments of `cls`, which must be able to take all of it."""
+    accepted = signature(cls).parameters
+    given = {name: config[name] for name in _NOISE_SETTINGS if config.get(name) is not None}
+    lost = [name for name, value in given.items() if name not in accepted and value is not False]
+    if "beta_schedule" not in given:
+        lost.append("a noise schedule without beta_schedule")
+    if solver in _WITHOUT_X0_PREDICTION and given.get("prediction_type") == "sample":
+        lost.append("prediction_type sample")
+    if lost:
+        raise ValueError(f"solver {solver!r} cannot take the teacher's {', '.join(lost)}")
+    return {name: value for name, value in given.items() if name in accepted}
 
 
 @torch.no_grad()
@@ -41,8 +97,8 @@ def integrate(
     network: RawNetwork,
     scheduler,
     eps: torch.Tensor,
-    cond: torch.Tensor,
-    uncond: torch.Tensor,
+    cond: Condition,
+    uncond: Condition,
     *,
     steps: int,
     guidance_scale: float,
@@ -50,15 +106,17 @@ def integrate(
 ) -> torch.Tensor:
     """x₀ of the guided ODE started at ε: (B,C,H,W) → (B,C,H,W), in the dtype of `eps`.
 
-    `cond` and `uncond` are (B,L,D). Matches `StableDiffusionPipeline.__call__` on the same latents
+    `uncond` has one row. Matches `StableDiffusionPipeline.__call__` on the same latents
     step for step; guidance is the standard scale, and 1.0 or less means none, as in diffusers.
     """
     scheduler.set_timesteps(steps, device=eps.device)
-    x_t = eps * scheduler.init_noise_sigma
+    # Flow-matching schedulers start at ε itself and scale nothing, so they lack these two.
+    x_t = eps * getattr(scheduler, "init_noise_sigma", 1.0)
+    scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     guided = guidance_scale > 1.0
-    both = torch.cat([uncond, cond]) if guided else cond
+    both = Condition.cat(uncond.expand(len(eps)), cond) if guided else cond
     for index, t in enumerate(scheduler.timesteps):
-        x_in = scheduler.scale_model_input(torch.cat([x_t, x_t]) if guided else x_t, t)
+        x_in = scale(torch.cat([x_t, x_t]) if guided else x_t, t)
         output = network(x_in, t.expand(len(x_in)), both)
         if guided:
             output_uncond, output_cond = output.chunk(2)

@@ -1,6 +1,11 @@
 """The noise schedule as a value: x_t = α_t x₀ + σ_t ε, and the conversions it allows.
 
-Discrete variance-preserving schedules, as diffusers' Stable Diffusion schedulers carry them.
+Every family is a grid of T discrete times; index 0 is the cleanest, T − 1 is (nearly) pure noise:
+
+- variance-preserving (DDPM, Stable Diffusion 1.x/2.x, SDXL): α² + σ² = 1, any β schedule;
+- EDM / variance-exploding (Karras et al. 2022): α = 1, σ on the Karras grid, 1000 bins as in DMD;
+- flow matching (SD 3, FLUX): α = 1 − σ, σ shifted towards noise for large pictures.
+
 All coefficients are kept in float64: at t = 999 Stable Diffusion's α_t is 0.068, and x₀ from ε
 divides by it.
 """
@@ -10,41 +15,90 @@ from typing import Literal, get_args
 
 import torch
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+from dmd_core import diffusers_schedules as reading
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction", "edm", "edm_v"]
+# How the fake score's error is weighted over t; each is the mean squared error of …
+ScoreWeight = Literal["teacher", "epsilon", "v", "x0", "edm"]
 
 
 @dataclass(frozen=True)
 class Schedule:
     """α_t and σ_t on the teacher's own grid of `num_timesteps` discrete times.
 
-    `alphas` and `sigmas` are (T,) float64 with α² + σ² = 1; index 0 is the cleanest time.
+    `alphas`, `sigmas` (T,) float64. `network_times` (T,): what the network is told at index t
+    (None: the index). The ODE starts from x_T = `init_noise_sigma` · ε. `sigma_data` is EDM's.
     """
 
     alphas: torch.Tensor
     sigmas: torch.Tensor
     prediction_type: PredictionType
+    network_times: torch.Tensor | None = None
+    init_noise_sigma: float = 1.0
+    sigma_data: float = 0.5
+
+    # ------------------------------------------------------------------ families
 
     @staticmethod
-    def from_scheduler(scheduler) -> "Schedule":
-        """Read the schedule of any diffusers scheduler that has `alphas_cumprod`."""
-        prediction_type = scheduler.config.get("prediction_type", "epsilon")
-        if prediction_type not in get_args(PredictionType):
-            raise ValueError(
-                f"{type(scheduler).__name__} has prediction_type {prediction_type!r}; "
-                f"expected one of {', '.join(get_args(PredictionType))}"
+    def from_scheduler(scheduler, *, image_tokens: int | None = None) -> "Schedule":
+        """The schedule of a diffusers scheduler of any supported family.
+
+        `image_tokens` (latent patches of one picture) sets the shift of schedulers with dynamic,
+        resolution-dependent shifting.
+        """
+        kind = reading.prediction_type(scheduler)
+        family = reading.family(type(scheduler).__name__, scheduler.config)
+        if family == "flow":
+            shift = reading.flow_shift(scheduler.config, image_tokens)
+            return Schedule.flow(scheduler.config.num_train_timesteps, shift)
+        if family == "edm":
+            return Schedule._edm(
+                reading.edm_sigmas(scheduler),
+                scheduler.config.sigma_data,
+                "edm_v" if kind == "v_prediction" else "edm",
+                init_noise_sigma=float(scheduler.init_noise_sigma),
             )
-        if not hasattr(scheduler, "alphas_cumprod"):
-            raise ValueError(
-                f"{type(scheduler).__name__} has no alphas_cumprod; "
-                "expected a variance-preserving scheduler (Stable Diffusion 1.x or 2.x)"
-            )
-        alphas_cumprod = scheduler.alphas_cumprod.double().cpu()
-        if prediction_type == "epsilon" and float(alphas_cumprod[-1]) < 1e-8:
-            raise ValueError(
-                "epsilon-prediction with a zero-terminal-SNR schedule: x0 = (x_t - σ ε)/α "
-                "is undefined at α = 0; expected v_prediction or sample"
-            )
+        return Schedule.vp(reading.alphas_cumprod(scheduler), kind)  # type: ignore[arg-type]
+
+    @staticmethod
+    def vp(alphas_cumprod: torch.Tensor, prediction_type: PredictionType) -> "Schedule":
+        """Variance-preserving, from ᾱ_t (T,), decreasing."""
+        alphas_cumprod = alphas_cumprod.double().cpu()
+        if prediction_type == "epsilon" and float(alphas_cumprod[-1]) == 0.0:
+            raise ValueError(reading.ZERO_SNR_EPSILON)
         return Schedule(alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt(), prediction_type)
+
+    @staticmethod
+    def edm(
+        *,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        rho: float = 7.0,
+        num_timesteps: int = 1000,
+        sigma_data: float = 0.5,
+    ) -> "Schedule":
+        """σ on the Karras grid (EDM Eq. 5), network with EDM's preconditioning; x_T = σ_max ε."""
+        ramp = torch.linspace(0, 1, num_timesteps, dtype=torch.float64)
+        low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+        sigmas = (low + ramp * (high - low)) ** rho
+        return Schedule._edm(sigmas, sigma_data, "edm", init_noise_sigma=sigma_max)
+
+    @staticmethod
+    def _edm(
+        sigmas: torch.Tensor, sigma_data: float, kind: PredictionType, *, init_noise_sigma: float
+    ) -> "Schedule":
+        c_noise = (sigmas.log() / 4).float()  # EDM Table 1
+        alphas = torch.ones_like(sigmas)
+        return Schedule(alphas, sigmas, kind, c_noise, init_noise_sigma, sigma_data)
+
+    @staticmethod
+    def flow(num_timesteps: int = 1000, shift: float = 1.0) -> "Schedule":
+        """Flow matching, v = ε − x₀. σ' = s σ / (1 + (s − 1) σ) (SD 3, Eq. 23)."""
+        plain = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        sigmas = shift * plain / (1 + (shift - 1) * plain)
+        return Schedule(1 - sigmas, sigmas, "flow_prediction", (sigmas * num_timesteps).float())
+
+    # ------------------------------------------------------------------ α, σ, log-SNR
 
     @property
     def num_timesteps(self) -> int:
@@ -64,10 +118,65 @@ class Schedule:
         index = t.to(self.alphas.device)
         return (self.alphas[index] / self.sigmas[index]).square().to(t.device)
 
+    def log_snr(self, t: torch.Tensor) -> torch.Tensor:
+        """λ_t = 2 log(α_t/σ_t): (B,) float64; −∞ where α_t = 0."""
+        return self.snr(t).log()
+
+    def time_of_log_snr(self, log_snr: torch.Tensor) -> torch.Tensor:
+        """Inverse of `log_snr`: (B,) float64 times in [0, T−1], linear in λ between grid points."""
+        grid = -self.log_snr(torch.arange(self.num_timesteps))  # increasing
+        return _interpolated_index(grid, -log_snr.double().cpu()).to(log_snr.device)
+
+    def time_of_sigma(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The time with σ_t = `sigma`: (B,) float64, linear in σ between grid points."""
+        return _interpolated_index(self.sigmas.cpu(), sigma.double().cpu()).to(sigma.device)
+
+    def time_of_alpha(self, alpha: torch.Tensor) -> torch.Tensor:
+        """The time with α_t = `alpha`: (B,) float64. EDM's α is 1 everywhere: no inverse."""
+        if float(self.alphas[0]) == float(self.alphas[-1]):
+            raise ValueError("α is constant on a variance-exploding schedule; it has no inverse")
+        return _interpolated_index(-self.alphas.cpu(), -alpha.double().cpu()).to(alpha.device)
+
+    def score_weight(self, t: torch.Tensor, kind: ScoreWeight = "teacher") -> torch.Tensor:
+        """Weight of ‖x̂₀ − x₀‖² at t: (B,) float64.
+
+        "epsilon": SNR, the mean squared error of ε (DMD for SD 1.5). "edm": SNR + 1/σ_data² (DMD
+        for EDM). "v": 1/σ², the error of v and of the flow's velocity. "x0": 1. "teacher": the
+        one of these with which a teacher of this prediction type was itself trained.
+        """
+        if kind == "teacher":
+            kind = _TEACHER_WEIGHT[self.prediction_type]
+        if kind == "epsilon":
+            return self.snr(t)
+        if kind == "edm":
+            return self.snr(t) + self.sigma_data**-2
+        if kind == "v":
+            return self.sigmas[t.to(self.sigmas.device)].square().reciprocal().to(t.device)
+        if kind == "x0":
+            return torch.ones(len(t), dtype=torch.float64, device=t.device)
+        raise ValueError(
+            f"score weight {kind!r}; expected one of {', '.join(get_args(ScoreWeight))}"
+        )
+
     def diffuse(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t = α_t x₀ + σ_t ε, in the dtype of x₀."""
         alpha_t, sigma_t = self.coefficients(t, x0)
         return (alpha_t * x0 + sigma_t * eps).to(x0.dtype)
+
+    # ------------------------------------------------------------------ what the network sees
+
+    def network_time(self, t: torch.Tensor) -> torch.Tensor:
+        """What the network is told at index t: the index, c_noise, or 1000 σ. (B,)."""
+        if self.network_times is None:
+            return t
+        return self.network_times[t.to(self.network_times.device)].to(t.device)
+
+    def network_input(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t as the network takes it: c_in · x_t for EDM (1/√(σ² + σ_data²)), else x_t."""
+        if self.prediction_type not in ("edm", "edm_v"):
+            return x_t
+        _, sigma_t = self.coefficients(t, x_t)
+        return (x_t / (sigma_t**2 + self.sigma_data**2).sqrt()).to(x_t.dtype)
 
     def x0_from_output(
         self, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
@@ -78,8 +187,13 @@ class Schedule:
             x0 = (x_t - sigma_t * output) / alpha_t
         elif self.prediction_type == "v_prediction":
             x0 = alpha_t * x_t - sigma_t * output
-        else:
+        elif self.prediction_type == "flow_prediction":
+            x0 = x_t - sigma_t * output
+        elif self.prediction_type == "sample":
             x0 = output
+        else:
+            c_skip, c_out = self._edm_scalings(sigma_t)
+            x0 = c_skip * x_t + c_out * output
         return x0.float()
 
     def output_from_x0(self, x0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -89,6 +203,36 @@ class Schedule:
             output = (x_t - alpha_t * x0) / sigma_t
         elif self.prediction_type == "v_prediction":
             output = (alpha_t * x_t - x0) / sigma_t
-        else:
+        elif self.prediction_type == "flow_prediction":
+            output = (x_t - x0) / sigma_t
+        elif self.prediction_type == "sample":
             output = x0.double()
+        else:
+            c_skip, c_out = self._edm_scalings(sigma_t)
+            output = (x0 - c_skip * x_t) / c_out
         return output.float()
+
+    def _edm_scalings(self, sigma_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(c_skip, c_out) of EDM Table 1; diffusers' v-variant has the other sign of c_out."""
+        total = sigma_t**2 + self.sigma_data**2
+        sign = -1.0 if self.prediction_type == "edm_v" else 1.0
+        return self.sigma_data**2 / total, sign * sigma_t * self.sigma_data / total.sqrt()
+
+
+_TEACHER_WEIGHT: dict[str, ScoreWeight] = {
+    "epsilon": "epsilon",
+    "v_prediction": "v",
+    "flow_prediction": "v",
+    "sample": "x0",
+    "edm": "edm",
+    "edm_v": "edm",
+}
+
+
+def _interpolated_index(grid: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Where `value` lies on the increasing `grid` (T,): float64 in [0, T−1]."""
+    upper = torch.searchsorted(grid, value).clamp(1, len(grid) - 1)
+    low, high = grid[upper - 1], grid[upper]
+    share = ((value - low) / (high - low)).clamp(0.0, 1.0)
+    share = torch.where(value >= high, torch.ones_like(share), share)  # also where high is ∞
+    return (upper - 1).double() + share

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from dmd_core.denoiser import NetworkDenoiser, RawNetwork, unet_network
+from dmd_core.condition import Condition
+from dmd_core.denoiser import DiffusersNetwork, NetworkDenoiser, RawNetwork
 from dmd_core.ode import integrate, make_scheduler
 from dmd_core.schedule import Schedule
+from dmd_core.teacher_training import pictures_to_tensor
 
 _PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 
@@ -44,8 +46,8 @@ class Teacher:
         return channels, (height or own) // factor, (width or own) // factor
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> torch.Tensor:
-        """The text embedding of each prompt: (B, L, D). Each distinct prompt is encoded once."""
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """The condition of each prompt, B rows. Each distinct prompt is encoded once."""
         distinct = sorted(set(prompts))
         tokens = self.pipeline.tokenizer(
             distinct,
@@ -61,22 +63,22 @@ class Teacher:
             mask = tokens.attention_mask.to(self.device)
         embeddings = encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
         row = {prompt: index for index, prompt in enumerate(distinct)}
-        return embeddings[[row[prompt] for prompt in prompts]]
+        return Condition(text=embeddings[[row[prompt] for prompt in prompts]])
 
     def network(self, compute_dtype: torch.dtype = torch.float32) -> RawNetwork:
         """The UNet as (x_t, t, cond) → raw output (ε or v), float32."""
-        raw = unet_network(self.pipeline.unet)
+        raw = DiffusersNetwork(self.pipeline.unet)
         if compute_dtype == torch.float32:
             return raw
 
-        def mixed(x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        def mixed(x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
             with torch.autocast(x_t.device.type, dtype=compute_dtype):
                 return raw(x_t, t, cond).float()
 
         return mixed
 
     def denoiser(self, compute_dtype: torch.dtype = torch.float32) -> NetworkDenoiser:
-        return NetworkDenoiser(unet_network(self.pipeline.unet), self.schedule, compute_dtype)
+        return NetworkDenoiser(DiffusersNetwork(self.pipeline.unet), self.schedule, compute_dtype)
 
     def solve(
         self,
@@ -90,17 +92,22 @@ class Teacher:
         compute_dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
         """The guided ODE from ε (B,C,h,w) to latents x₀ (B,C,h,w), float32, on `device`."""
-        cond = self.encode_prompts(prompts)
-        uncond = self.encode_prompts([negative_prompt]).expand_as(cond)
         return integrate(
             self.network(compute_dtype),
             make_scheduler(solver, self.pipeline.scheduler.config),
             eps.float().to(self.device),
-            cond,
-            uncond,
+            self.encode_prompts(prompts),
+            self.encode_prompts([negative_prompt]),
             steps=steps,
             guidance_scale=guidance_scale,
         )
+
+    @torch.no_grad()
+    def encode(self, pictures: np.ndarray) -> torch.Tensor:
+        """Pictures (B,H,W,3) uint8 → latents (B,C,h,w) float32: the posterior's mean, scaled."""
+        vae = self.pipeline.vae
+        pixels = pictures_to_tensor(pictures).to(self.device)
+        return vae.encode(pixels).latent_dist.mean.float() * vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:

@@ -1,111 +1,298 @@
-"""One DMD iteration (Algorithm 1): a generator update, then a fake-score update.
+"""The whole method on one screen: a generator step and a fake-score step (DMD Algorithm 1, DMD2).
 
-This is the whole method on one screen. No loop, no files, no Ray. Which gradients flow where:
-the generator step reaches only G; the fake-score step reaches only F; the teacher is never
-trained and, with F, runs under no-grad inside the generator step.
+No loop, no files, no Ray, no random numbers of its own. Which gradients flow where: the generator
+step reaches only G; the fake-score step reaches only F and the discriminator's head; the teacher
+is never trained. Every loss is first differentiated at the student's output x, where its
+non-finite entries are counted and set to zero; then G is differentiated once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from dmd_core.condition import Condition
 from dmd_core.denoiser import Denoiser
+from dmd_core.fake_score import FakeScore
 from dmd_core.losses import (
+    Distance,
+    DmWeighting,
     distribution_matching_loss,
     dmd_gradient,
     fake_score_loss,
-    regression_loss,
+    gan_discriminator_loss,
+    gan_generator_loss,
+    r1_penalty,
+    regression_distance,
 )
-from dmd_core.student import OneStepStudent
+from dmd_core.schedule import Schedule, ScoreWeight
+from dmd_core.student import Student
+
+# (x_t, t, cond) → logits (B,): is it real?
+Discriminator = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]
+R1_SIGMA = 0.1  # step of the R1 difference, of latents with unit variance
 
 
 @dataclass(frozen=True)
-class DmdWeights:
-    """`dm` and `reg` (the paper's λ) weight the two generator losses; times are fractions of T."""
+class LossSettings:
+    """`dm`, `reg` (the paper's λ) and `gan` weight the generator's losses; 0 leaves one out.
+
+    Times of the distribution-matching gradient are uniform in [t_min_fraction, t_max_fraction)·T;
+    those of the fake score and of the GAN in all of [0, T). `pairs_in_dm`: the student's outputs
+    on the stored noise feed the distribution-matching term too (the LAION variant of Algorithm 1).
+    """
 
     dm: float = 1.0
     reg: float = 0.25
+    gan: float = 0.0
     regression: str = "l2"
+    dm_weighting: DmWeighting = "normalised"
+    score_weight: ScoreWeight = "teacher"
     t_min_fraction: float = 0.02
     t_max_fraction: float = 0.98
+    pairs_in_dm: bool = False
 
 
 @dataclass(frozen=True)
 class StepNoise:
-    """All random numbers of one iteration, drawn outside and keyed by sample.
+    """All random numbers of one update, drawn outside and keyed by sample.
 
-    `eps_*` are (B,C,h,w), `u_*` (B,) in [0, 1): z for the student's input, `eps_dm`/`u_dm` for the
-    distribution-matching gradient, `eps_fake`/`u_fake` for the fake-score loss.
+    `z`: the student's input ε and its re-noisings, one (B,C,h,w) for each of its steps. For the
+    distribution-matching gradient, the fake-score loss and the GAN: ε and u ∈ [0, 1). Those of
+    `dm` and `fake` have B rows, or B + P where the P pairs feed the distribution-matching term.
     """
 
-    z: torch.Tensor
+    z: tuple[torch.Tensor, ...]
     eps_dm: torch.Tensor
     u_dm: torch.Tensor
     eps_fake: torch.Tensor
     u_fake: torch.Tensor
+    eps_gan: torch.Tensor | None = None
+    u_gan: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class PairedPart:
-    """The teacher's own pairs: ε (P,C,h,w), its latents y alike, and their text (P,L,D)."""
+    """The teacher's own pairs: ε (P,C,h,w), its latents y alike, and their conditions."""
 
     eps: torch.Tensor
     y: torch.Tensor
-    cond: torch.Tensor
+    cond: Condition
 
 
 @dataclass(frozen=True)
 class GeneratorStep:
-    """Per-sample losses of the generator: `loss_dm` (B,), `loss_reg` (P,); `x` (B,C,h,w) is
-    the student's output, detached, for the fake-score step."""
+    """Per-sample losses of the generator, attached to G's graph: `loss_dm` (B,) or (B+P,),
+    `loss_reg` (P,), `loss_gan` (B,); empty where a loss is off.
+
+    `x` is the student's output, detached, with its `cond`: what the fake score trains on.
+    `output_norms`: mean norm of each loss's gradient at x, per sample, before weighting.
+    `non_finite`: entries of those gradients that were NaN or infinite and count as zero.
+    """
 
     loss_dm: torch.Tensor
     loss_reg: torch.Tensor
+    loss_gan: torch.Tensor
     x: torch.Tensor
+    cond: Condition
+    output_norms: dict[str, float]
+    non_finite: int
 
 
 def generator_step(
-    student: OneStepStudent,
+    student: Student,
     real: Denoiser,
     fake: Denoiser,
     noise: StepNoise,
-    cond: torch.Tensor,
+    cond: Condition,
     paired: PairedPart | None,
-    weights: DmdWeights,
+    settings: LossSettings,
+    *,
+    step: int = 0,
+    distance: Distance | None = None,
+    discriminator: Discriminator | None = None,
 ) -> GeneratorStep:
-    """The generator's two losses, before weighting and averaging (lines 4-9 of Algorithm 1)."""
-    # One forward pass for both streams, so that DDP synchronises once.
-    if paired is None:
-        x, x_ref = student(noise.z, cond), noise.z[:0]
-    else:
-        both = student(torch.cat([noise.z, paired.eps]), torch.cat([cond, paired.cond]))
-        x, x_ref = both[: len(noise.z)], both[len(noise.z) :]
+    """The generator's losses on one batch (lines 4-9 of Algorithm 1; DMD2 §4).
 
-    loss_dm = torch.zeros(len(x), device=x.device)
-    if weights.dm > 0:
-        with torch.no_grad():
-            t = _times(noise.u_dm, real, weights.t_min_fraction, weights.t_max_fraction)
-            x_t = real.schedule.diffuse(x.detach(), noise.eps_dm, t)
-            gradient = dmd_gradient(x.detach(), real(x_t, t, cond), fake(x_t, t, cond))
-        loss_dm = distribution_matching_loss(x, gradient)
+    `step`: which of the student's steps is trained; its input comes from the student's own rollout
+    (DMD2 §4.5). `distance` takes the place of `settings.regression` (LPIPS on decoded pixels).
+    """
+    x, x_ref = _student_outputs(student, noise, cond, paired, step)
+    x_dm, cond_dm = x, cond
+    if settings.pairs_in_dm and paired is not None:
+        x_dm, cond_dm = torch.cat([x, x_ref]), Condition.cat(cond, paired.cond)
 
-    loss_reg = torch.zeros(0, device=x.device)
-    if paired is not None:
-        loss_reg = regression_loss(x_ref, paired.y, weights.regression)
-    return GeneratorStep(loss_dm, loss_reg, x.detach())
+    terms: dict[str, _Term] = {}
+    if settings.dm > 0:
+        g = _matching_gradient(real, fake, x_dm.detach(), cond_dm, noise, settings)
+        loss = distribution_matching_loss(x_dm, _finite(g))
+        terms["dm"] = _Term(loss, g / x[0].numel())
+    if settings.reg > 0 and paired is not None:
+        measure = distance or regression_distance(settings.regression)
+        terms["reg"] = _term(lambda out: measure(out, paired.y), x_ref)
+    if settings.gan > 0:
+        if discriminator is None or noise.eps_gan is None or noise.u_gan is None:
+            raise ValueError("a GAN weight above 0 needs a discriminator and its noise")
+        t_gan = draw_times(noise.u_gan, real.schedule)
+        eps_gan, judge = noise.eps_gan, discriminator
+
+        def fooled(out: torch.Tensor) -> torch.Tensor:
+            return gan_generator_loss(
+                judge(real.schedule.diffuse(out, eps_gan, t_gan), t_gan, cond)
+            )
+
+        terms["gan"] = _term(fooled, x)
+    losses = {name: term.loss for name, term in terms.items()}
+    nothing = x.new_zeros(0)
+    return GeneratorStep(
+        loss_dm=losses.get("dm", nothing),
+        loss_reg=losses.get("reg", nothing),
+        loss_gan=losses.get("gan", nothing),
+        x=x_dm.detach(),
+        cond=cond_dm,
+        output_norms={name: term.mean_norm for name, term in terms.items()},
+        non_finite=sum(term.non_finite for term in terms.values()),
+    )
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Real pictures for the GAN, and the noise both sides are judged at (DMD2 §4.3).
+
+    `x` (B,C,h,w) with `cond`; ε and u ∈ [0, 1) for them (`eps`, `u`) and for the student's samples
+    (`eps_x`, `u_x`); `eps_r1` the direction of the R1 difference (None: no R1).
+    """
+
+    x: torch.Tensor
+    cond: Condition
+    eps: torch.Tensor
+    u: torch.Tensor
+    eps_x: torch.Tensor
+    u_x: torch.Tensor
+    eps_r1: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FakeStep:
+    """Per-sample losses of the fake score at its times `t` (B,) or (B+P,), and of the
+    discriminator and its R1 penalty, (B,) or empty."""
+
+    loss_score: torch.Tensor
+    loss_gan: torch.Tensor
+    loss_r1: torch.Tensor
+    t: torch.Tensor
 
 
 def fake_score_step(
-    fake: Denoiser, x: torch.Tensor, noise: StepNoise, cond: torch.Tensor
+    fake: Denoiser,
+    x: torch.Tensor,
+    noise: StepNoise,
+    cond: Condition,
+    settings: LossSettings,
+    *,
+    pictures: Pictures | None = None,
+) -> FakeStep:
+    """The fake score on the student's samples x, at every time (line 11 of Algorithm 1); with
+    `pictures` also the discriminator, in the same forward pass (DMD2 §4.3)."""
+    schedule = fake.schedule
+    t = draw_times(noise.u_fake, schedule)
+    x_t = schedule.diffuse(x, noise.eps_fake, t)
+    weight = schedule.score_weight(t, settings.score_weight)
+    nothing = x.new_zeros(0)
+    if pictures is None:
+        loss = fake_score_loss(fake(x_t, t, cond), x, weight)
+        return FakeStep(loss, nothing, nothing, t)
+    if not isinstance(fake, FakeScore):
+        raise TypeError(f"{type(fake).__name__} has no discriminator; expected a FakeScore")
+
+    t_x, t_real = (draw_times(u, schedule) for u in (pictures.u_x, pictures.u))
+    count = len(t_x)  # samples beyond these are the student's outputs on stored pairs
+    judged = [schedule.diffuse(x[:count], pictures.eps_x, t_x)]
+    judged += [schedule.diffuse(pictures.x, pictures.eps, t_real)]
+    times, conds = [t_x, t_real], [cond.rows(slice(count)), pictures.cond]
+    if pictures.eps_r1 is not None:
+        judged += [judged[1] + R1_SIGMA * pictures.eps_r1]
+        times, conds = [*times, t_real], [*conds, pictures.cond]
+    x0, logits = fake.score_and_judge(
+        (x_t, t, cond), (torch.cat(judged), torch.cat(times), Condition.cat(*conds))
+    )
+    logits_x, logits_real, *near = logits.split(count)
+    return FakeStep(
+        loss_score=fake_score_loss(x0, x, weight),
+        loss_gan=gan_discriminator_loss(logits_x, logits_real),
+        loss_r1=r1_penalty(logits_real, near[0], R1_SIGMA) if near else nothing,
+        t=t,
+    )
+
+
+def draw_times(
+    u: torch.Tensor, schedule: Schedule, low: float = 0.0, high: float = 1.0
 ) -> torch.Tensor:
-    """Per-sample loss (B,) of the fake score on the student's samples x, at every time."""
-    t = _times(noise.u_fake, fake, 0.0, 1.0)
-    x_t = fake.schedule.diffuse(x, noise.eps_fake, t)
-    return fake_score_loss(fake(x_t, t, cond), x, fake.schedule.snr(t))
+    """u ∈ [0, 1) → uniform integer times in [low·T, high·T): (B,) int64."""
+    first, last = round(low * schedule.num_timesteps), round(high * schedule.num_timesteps)
+    return (first + u * (last - first)).long().clamp(max=schedule.num_timesteps - 1)
 
 
-def _times(u: torch.Tensor, denoiser: Denoiser, low: float, high: float) -> torch.Tensor:
-    """Uniform integer times in [low·T, high·T): (B,) int64."""
-    total = denoiser.schedule.num_timesteps
-    first, last = round(low * total), round(high * total)
-    return (first + u * (last - first)).long().clamp(max=total - 1)
+# ---------------------------------------------------------------------- parts of the above
+
+
+def _student_outputs(
+    student: Student, noise: StepNoise, cond: Condition, paired: PairedPart | None, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x from fresh noise and x_ref from the stored noise, in one forward pass, so that DDP
+    synchronises once."""
+    x_t = student.rollout(noise.z, cond, step)
+    if paired is None:
+        return student.predict(x_t, step, cond), x_t[:0]
+    t = torch.cat([student.times(step, x_t), student.times(0, paired.eps)])
+    x_in = torch.cat([x_t, student.start(paired.eps)])
+    both = student.denoiser(x_in, t, Condition.cat(cond, paired.cond))
+    return both[: len(x_t)], both[len(x_t) :]
+
+
+@torch.no_grad()
+def _matching_gradient(
+    real: Denoiser,
+    fake: Denoiser,
+    x: torch.Tensor,
+    cond: Condition,
+    noise: StepNoise,
+    settings: LossSettings,
+) -> torch.Tensor:
+    t = draw_times(noise.u_dm, real.schedule, settings.t_min_fraction, settings.t_max_fraction)
+    x_t = real.schedule.diffuse(x, noise.eps_dm, t)
+    alpha_t, sigma_t = real.schedule.coefficients(t, x)
+    return dmd_gradient(
+        x, real(x_t, t, cond), fake(x_t, t, cond),
+        weighting=settings.dm_weighting, alpha_t=alpha_t, sigma_t=sigma_t,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A loss attached to G's graph, and its gradient at x as it was before `_finite`."""
+
+    loss: torch.Tensor
+    gradient: torch.Tensor
+
+    @property
+    def mean_norm(self) -> float:
+        return float(_finite(self.gradient).flatten(1).norm(dim=1).mean())
+
+    @property
+    def non_finite(self) -> int:
+        return int((~self.gradient.isfinite()).sum())
+
+
+def _term(loss: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> _Term:
+    """`loss` (B,) differentiated at x, which frees its graph before G's own backward pass; then
+    attached to x: the same value, the same gradient."""
+    leaf = x.detach().requires_grad_()
+    value = loss(leaf)
+    (g,) = torch.autograd.grad(value.sum(), leaf)
+    attached = value.detach() + ((x - x.detach()) * _finite(g)).flatten(1).sum(dim=1)
+    return _Term(attached, g)
+
+
+def _finite(g: torch.Tensor) -> torch.Tensor:
+    return g.nan_to_num(0.0, 0.0, 0.0)

@@ -23,8 +23,8 @@ from pipelines.config import (
     StorageSection,
     TeacherSection,
     TeacherTrainSection,
-    TrainSection,
 )
+from pipelines.train_config import TrainSection
 
 _SHIPPED = {
     "shipped:emoji": "emoji-teacher",

@@ -26,8 +26,8 @@ def run(session: Session) -> dict[str, Any]:
         f"\nfinished in {time.monotonic() - started:.0f} s\n"
         f"  report   {page}\n"
         f"  student  {student}\n\n"
-        "Make a picture with it (plain diffusers, one network evaluation):\n"
-        f"  {picture_command(student)}\n"
+        "Make a picture with it (plain diffusers):\n"
+        f"  {picture_command(student, results['export']['num_inference_steps'])}\n"
     )
     return {"student": student, "report": page}
 
@@ -37,11 +37,11 @@ def plan(session: Session) -> dict[str, Any]:
     return {station.__name__.rsplit(".", 1)[-1]: station.plan(session) for station in STATIONS}
 
 
-def picture_command(student: str) -> str:
+def picture_command(student: str, steps: int = 1) -> str:
     return (
         f'{_short(sys.executable)} -c "from diffusers import DiffusionPipeline; '
         f"DiffusionPipeline.from_pretrained('{student}')"
-        "('woman and man holding hands', num_inference_steps=1, guidance_scale=0)"
+        f"('woman and man holding hands', num_inference_steps={steps}, guidance_scale=0)"
         ".images[0].save('hands.png')\""
     )
 

@@ -125,7 +125,7 @@ class _Rate:
 
 
 def _extra(fields: dict[str, Any]) -> str:
-    shown = {k: v for k, v in fields.items() if k.startswith("loss") or k == "network"}
+    shown = {k: v for k, v in fields.items() if k.startswith("loss") or k in ("network", "stage")}
     return "  ".join(
         f"{key} {value:.3f}" if isinstance(value, float) else str(value)
         for key, value in shown.items()

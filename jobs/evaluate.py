@@ -7,8 +7,8 @@ import numpy as np
 from jobs.config import resolve_shipped
 from jobs.errors import JobError
 from jobs.export import EXPORTED
+from jobs.pins import pinned_manifest
 from jobs.session import Session
-from jobs.train import pinned_manifest
 from pipelines.batches import PairReader
 from pipelines.evaluation import METRICS, evaluate
 from pipelines.prompts import read_prompts
@@ -48,6 +48,7 @@ def run(session: Session) -> dict[str, Any]:
             run=session.store,
             networks=networks,
             prompts=prompts,
+            student_timesteps=recipe.train.student_timesteps,
             provenance={"inputs": inputs, "versions": session.read_json("versions.json")},
             on_progress=lambda done, total: board.set.remote(done=done, total=total),
         )
@@ -66,9 +67,13 @@ def plan(session: Session) -> dict[str, Any]:
     }
 
 
-def _mean_latents(session: Session) -> np.ndarray:
-    """The mean of the teacher's latents over (up to 2,048 rows of) the training pairs: (C,h,w)."""
-    reader = PairReader(session.pairs_root, pinned_manifest(session), seed=0)
+def _mean_latents(session: Session) -> np.ndarray | None:
+    """The mean of the teacher's latents over (up to 2,048 rows of) the training pairs: (C,h,w);
+    None for a run without pairs."""
+    manifest = pinned_manifest(session)
+    if manifest is None:
+        return None
+    reader = PairReader(session.pairs_root, manifest, seed=0)
     rows = np.arange(min(len(reader), _MEAN_ROWS))
     return reader.rows(rows).latents.float().mean(dim=0).numpy()
 

@@ -37,9 +37,13 @@ def run(session: Session) -> dict[str, Any]:
         "train": session.recipe.train.model_dump(),
         "pairs": session.recipe.pairs.model_dump(),
     }
-    _write(session, teacher, checkpoint.parts["generator"], card)
+    timesteps = session.recipe.train.student_timesteps or (teacher.schedule.num_timesteps - 1,)
+    weights = checkpoint.parts.get("ema", checkpoint.parts["generator"])
+    _write(session, teacher, weights, timesteps, card)
     result = {
         "step": checkpoint.step,
+        "num_inference_steps": len(timesteps),
+        "weights": "moving average" if "ema" in checkpoint.parts else "last step",
         "student": store.path(STUDENT) if is_local(store.fs) else f"{store.url}/{STUDENT}",
         "pairs_digest": checkpoint.state["pairs_digest"],
         "teacher_revision": teacher.revision,
@@ -58,15 +62,25 @@ def plan(session: Session) -> dict[str, Any]:
     }
 
 
-def _write(session: Session, teacher, generator, card: dict[str, Any]) -> None:
+def _write(
+    session: Session, teacher, weights, timesteps: tuple[int, ...], card: dict[str, Any]
+) -> None:
+    from pipelines.train_settings import lora_settings
+
     store = session.store
+    settings: dict[str, Any] = {
+        "timesteps": timesteps,
+        "card": card,
+        "dtype": torch.float32,
+        "lora": lora_settings(session.recipe.train),
+    }
     if is_local(store.fs):
         store.fs.makedirs(store.root, exist_ok=True)
-        export_student(teacher, generator, store.path(STUDENT), card=card, dtype=torch.float32)
+        export_student(teacher, weights, store.path(STUDENT), **settings)
         return
     with tempfile.TemporaryDirectory(prefix="dmd-export-") as folder:
         local = Path(folder) / STUDENT
-        export_student(teacher, generator, str(local), card=card, dtype=torch.float32)
+        export_student(teacher, weights, str(local), **settings)
         store.fs.put(f"{local}/", f"{store.path(STUDENT)}/", recursive=True)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from dmd_core.files import is_local, write_atomic
 from jobs.errors import JobError
 from jobs.export import EXPORTED
+from jobs.pins import PINNED
 from jobs.session import Session
-from jobs.train import PINNED
 from pipelines.evaluation import METRICS
 from pipelines.report import collect_inputs, render_report
 

@@ -1,13 +1,17 @@
 """`dmd train-teacher`: the miniature Stable Diffusion from captioned emoji, with Ray Train."""
 
+import json
 import os
 import platform
 import time
 from pathlib import Path
 from typing import Any
 
+from dmd_core.checkpoint import committed_steps
+from jobs.config import resolve_shipped
 from jobs.errors import Exit, JobError
 from jobs.session import Session
+from pipelines.config import TeacherTrainSection
 
 CHECKPOINTS = "teacher_checkpoints"
 CARD = "README.md"
@@ -15,8 +19,6 @@ CARD = "README.md"
 
 def run(session: Session) -> dict[str, Any]:
     """Train VAE and UNet, write the pipeline folder, its gallery and its model card."""
-    from dmd_core.checkpoint import committed_steps
-
     section = _section(session)
     session.open_run()
     total = section.vae_steps + section.unet_steps
@@ -70,12 +72,47 @@ def plan(session: Session) -> dict[str, Any]:
     }
 
 
-def _section(session: Session):
+def _section(session: Session) -> TeacherTrainSection:
     section = session.recipe.train_teacher
     output = section.output or session.store.path("teacher")
     if output.startswith("s3://"):
         raise JobError(f"train_teacher.output is {output}; expected a local folder", Exit.USAGE)
-    return section.model_copy(update={"output": output})
+    start_from = section.start_from and resolve_shipped(section.start_from)
+    section = section.model_copy(update={"output": output, "start_from": start_from})
+    if start_from and not committed_steps(session.store.fs, session.store.path(CHECKPOINTS)):
+        _check_start(section)
+    return section
+
+
+def _check_start(section: TeacherTrainSection) -> None:
+    """Fail at the door: is `start_from` a pipeline folder of the sizes that this run has?"""
+    from dmd_core.teacher import check_teacher
+
+    check_teacher(section.start_from)
+    folder = Path(section.start_from)
+    if folder.resolve() == Path(section.output).resolve():
+        raise JobError(f"train_teacher.output is start_from itself: {folder}", Exit.USAGE)
+    expected = {
+        "unet": {
+            "block_out_channels": list(section.unet_channels),
+            "sample_size": section.image_size // 4,
+        },
+        "vae": {
+            "block_out_channels": list(section.vae_channels),
+            "sample_size": section.image_size,
+        },
+        "scheduler": {"prediction_type": "v_prediction"},
+    }
+    for part, settings in expected.items():
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        found = json.loads((folder / part / name).read_text())
+        for key, value in settings.items():
+            if found.get(key) != value:
+                raise JobError(
+                    f"train_teacher.start_from {folder}: {part} has {key} {found.get(key)}; "
+                    f"this run expects {value}",
+                    Exit.USAGE,
+                )
 
 
 if __name__ == "__main__":

@@ -64,6 +64,10 @@ class PairReader:
         self._cache: OrderedDict[int, PairBatch] = OrderedDict()
         self._epoch_order = lru_cache(maxsize=2)(self._permutation)
 
+    def with_seed(self, seed: int) -> "PairReader":
+        """The same rows in another order."""
+        return PairReader(self._root, self._manifest, seed, verify=self._verify)
+
     def __len__(self) -> int:
         """Rows of the version, and so of an epoch."""
         return len(self._group)
@@ -72,7 +76,11 @@ class PairReader:
         """The rows (indices into the version, int64) of global batch k, counted over all epochs."""
         if k < 0 or global_batch < 1:
             raise ValueError(f"batch {k} of {global_batch} rows; expected k >= 0 and rows >= 1")
-        position, stop = k * global_batch, (k + 1) * global_batch
+        return self.rows_from(k * global_batch, global_batch)
+
+    def rows_from(self, position: int, count: int) -> np.ndarray:
+        """`count` rows of the endless stream of epochs, from `position` on."""
+        stop = position + count
         parts = []
         while position < stop:
             epoch, start = divmod(position, len(self))
@@ -83,8 +91,15 @@ class PairReader:
 
     def batch(self, k: int, global_batch: int, rank: int = 0, world_size: int = 1) -> PairBatch:
         """The part of global batch k that belongs to `rank`: contiguous, sizes within one row."""
+        return self.batch_from(k * global_batch, global_batch, rank, world_size)
+
+    def batch_from(
+        self, position: int, global_batch: int, rank: int = 0, world_size: int = 1
+    ) -> PairBatch:
+        """The same for the global batch that starts at `position` of the stream: batches may
+        change their size from stage to stage."""
         part = part_of_batch(global_batch, rank, world_size)
-        return self._gather(self.global_rows(k, global_batch)[part.start : part.stop])
+        return self._gather(self.rows_from(position, global_batch)[part.start : part.stop])
 
     def rows(self, rows: np.ndarray) -> PairBatch:
         """The given rows (indices into the version), in the given order."""

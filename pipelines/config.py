@@ -12,8 +12,10 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 
-Solver = Literal["ddim", "pndm", "dpmsolver++", "unipc", "heun", "euler"]
-RegressionLoss = Literal["l1", "l2", "huber"]
+Solver = Literal[
+    "ddim", "pndm", "dpmsolver++", "unipc", "heun", "euler", "flow_euler", "edm_euler",
+    "edm_dpmsolver++",
+]  # fmt: skip
 
 
 class Section(BaseModel):
@@ -97,65 +99,6 @@ class PairsSection(Section):
         return self
 
 
-class TrainSection(Section):
-    """Station 5-7: DMD training."""
-
-    num_workers: Positive = 1
-    use_gpu: bool = False
-    cpus_per_worker: float = Field(default=1, ge=0)
-    threads_per_worker: Positive | None = Field(
-        default=None, description="torch threads; empty: all cores"
-    )
-    max_failures: NotNegative = 3
-    max_train_steps: Positive = 1000
-    train_batch_size: Positive = Field(default=32, description="global batch of the DM gradient")
-    regression_batch_size: NotNegative = Field(default=32, description="global batch of pairs")
-    mixed_precision: Literal["no", "bf16"] = "no"
-    learning_rate: Rate = 1e-5
-    fake_learning_rate: Rate | None = Field(default=None, description="empty: learning_rate")
-    lr_scheduler: Literal["constant_with_warmup", "cosine", "linear"] = "constant_with_warmup"
-    lr_warmup_steps: NotNegative = 500
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
-    adam_weight_decay: float = Field(default=0.01, ge=0)
-    max_grad_norm: Rate = 10.0
-    dm_weight: float = Field(
-        default=1.0, ge=0, description="weight of the distribution-matching loss"
-    )
-    lambda_reg: float = Field(default=0.25, ge=0, description="weight of the regression loss")
-    regression_loss: RegressionLoss = "l2"
-    guidance_scale: float = Field(
-        default=7.5, ge=0, description="of the real score; standard scale"
-    )
-    t_min_fraction: float = Field(default=0.02, ge=0, lt=1)
-    t_max_fraction: float = Field(default=0.98, gt=0, le=1)
-    checkpointing_steps: Positive = 500
-    checkpoints_total_limit: Positive = 2
-    validation_steps: Positive = 500
-    num_validation_images: Positive = 16
-    logging_steps: Positive = 10
-    report_to: Literal["tensorboard", "none"] = "tensorboard"
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "TrainSection":
-        if self.t_min_fraction >= self.t_max_fraction:
-            raise ValueError(
-                f"t_min_fraction ({self.t_min_fraction}) must be below "
-                f"t_max_fraction ({self.t_max_fraction})"
-            )
-        if self.lambda_reg > 0 and self.regression_batch_size == 0:
-            raise ValueError("lambda_reg > 0 needs regression_batch_size > 0")
-        if self.dm_weight == 0 and self.lambda_reg == 0:
-            raise ValueError("dm_weight and lambda_reg are both 0: there is nothing to train")
-        for key in ("train_batch_size", "regression_batch_size"):
-            size = getattr(self, key)
-            if 0 < size < self.num_workers:
-                raise ValueError(
-                    f"{key} ({size}) must be at least num_workers ({self.num_workers})"
-                )
-        return self
-
-
 class EvaluateSection(Section):
     """Station 9: student against teacher on held-out prompts with the same noise."""
 
@@ -183,12 +126,23 @@ class TeacherTrainSection(Section):
     max_pictures: Positive | None = Field(
         default=None, description="train on the first so many only"
     )
-    vae_steps: Positive = 4000
+    start_from: str = Field(
+        default="",
+        description="pipeline folder or shipped:emoji whose VAE and vocabulary are kept and whose "
+        "UNet and text encoder train on; empty: random weights",
+    )
+    vae_steps: NotNegative = Field(default=4000, description="0 with start_from")
     vae_batch_size: Positive = 64
     vae_learning_rate: Rate = 1e-3
     unet_steps: Positive = 20000
     unet_batch_size: Positive = 64
     unet_learning_rate: Rate = 1e-3
+    timestep_power: Rate = Field(
+        default=1.0, description="t = 1000 u^power, u uniform; below 1: noisy times more often"
+    )
+    skin_tone_weight: float = Field(
+        default=0.5, gt=0, le=1, description="weight of a picture, for each skin tone in it"
+    )
     lr_warmup_steps: NotNegative = 200
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
@@ -198,3 +152,12 @@ class TeacherTrainSection(Section):
     logging_steps: Positive = 50
     unet_channels: tuple[Positive, Positive] = (96, 192)
     vae_channels: tuple[Positive, Positive, Positive] = (32, 64, 96)
+
+    @model_validator(mode="after")
+    def _vae_trained_or_kept(self) -> "TeacherTrainSection":
+        if bool(self.start_from) != (self.vae_steps == 0):
+            raise ValueError(
+                f"vae_steps is {self.vae_steps} and start_from is {self.start_from!r}; expected "
+                "vae_steps 0 with start_from (its VAE is kept), and more than 0 without"
+            )
+        return self

@@ -50,6 +50,7 @@ def evaluate(
     run: Store,
     networks: Networks,
     prompts: Sequence[str],
+    student_timesteps: tuple[int, ...] | None = None,
     provenance: dict[str, Any],
     actors: int = 1,
     gpus_per_actor: float = 0,
@@ -66,7 +67,7 @@ def evaluate(
             f"evaluate.prompts gives {len(chosen)} distinct prompts; expected at least "
             f"{_FEWEST_PROMPTS}, for prompts are what the confidence intervals are over"
         )
-    plan, local = SamplingPlan.from_sections(section, pairs), networks.local()
+    plan, local = SamplingPlan.from_sections(section, pairs, student_timesteps), networks.local()
     revisions = {
         "teacher_revision": teacher_revision(local.teacher),
         "student_revision": teacher_revision(local.student),

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from dmd_core.features import latent_features
 from dmd_core.noise import sample_noise, stable_seed
 from dmd_core.ode import make_scheduler
-from dmd_core.student import OneStepStudent
+from dmd_core.student import Student
 from dmd_core.teacher import load_teacher
 from pipelines.config import EvaluateSection, PairsSection, StorageSection
 from pipelines.storage import local_copy, open_store
@@ -34,7 +34,8 @@ def few_step_name(steps: int) -> str:
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How each system is sampled. The teacher is run as it was for the pairs."""
+    """How each system is sampled. The teacher is run as it was for the pairs, the student at
+    `student_timesteps` (None: one step at the last time)."""
 
     seed: int
     solver: str
@@ -46,9 +47,14 @@ class SamplingPlan:
     few_steps: tuple[int, ...]
     compute_dtype: str
     batch_size: int
+    student_timesteps: tuple[int, ...] | None = None
 
     @staticmethod
-    def from_sections(section: EvaluateSection, pairs: PairsSection) -> "SamplingPlan":
+    def from_sections(
+        section: EvaluateSection,
+        pairs: PairsSection,
+        student_timesteps: tuple[int, ...] | None = None,
+    ) -> "SamplingPlan":
         steps = section.teacher_steps or pairs.steps
         return SamplingPlan(
             seed=section.seed,
@@ -61,7 +67,12 @@ class SamplingPlan:
             few_steps=tuple(n for n in dict.fromkeys(section.few_steps) if n != steps),
             compute_dtype=pairs.compute_dtype,
             batch_size=section.batch_size,
+            student_timesteps=student_timesteps,
         )
+
+    @property
+    def student_steps(self) -> int:
+        return len(self.student_timesteps or (0,))
 
     def seeds(self, system: str, prompts: tuple[str, ...]) -> list[int]:
         """The noise seed of each prompt: one for all systems, another for the reference draw."""
@@ -111,7 +122,7 @@ class Images:
 def network_evaluations(plan: SamplingPlan, scheduler_config: dict, system: str) -> int:
     """Forward passes of the UNet for one picture of `system`; guidance doubles them."""
     if system in (START, STUDENT, MEAN):
-        return 0 if system == MEAN else 1
+        return 0 if system == MEAN else plan.student_steps
     scheduler = make_scheduler(plan.solver, scheduler_config)
     scheduler.set_timesteps(plan.teacher_steps()[system])
     return len(scheduler.timesteps) * (2 if plan.guidance_scale > 1.0 else 1)
@@ -133,10 +144,12 @@ class SystemSampler:
         if system == MEAN:
             latents, pictures = self._mean_picture(len(prompts))
         elif system == STUDENT:
-            latents, pictures = self._sample_student(eps, prompts)
+            latents, pictures = self._sample_student(eps, prompts, seeds)
         else:
             solved = (
-                self._start(eps, prompts) if system == START else self._solve(system, eps, prompts)
+                self._start(eps, prompts, seeds)
+                if system == START
+                else self._solve(system, eps, prompts)
             )
             latents, pictures = solved.cpu().numpy(), self.teacher.decode(solved)
         features = latent_features(self.teacher.pipeline.vae, pictures)
@@ -155,24 +168,32 @@ class SystemSampler:
         )
 
     @torch.no_grad()
-    def _start(self, eps: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
+    def _start(self, eps: torch.Tensor, prompts: tuple[str, ...], seeds: list[int]) -> torch.Tensor:
         """The student before training: the teacher's UNet, called as the student calls it."""
-        student = OneStepStudent(self.teacher.denoiser())
-        return student(eps.to(self.teacher.device), self.teacher.encode_prompts(prompts))
+        last = self.teacher.schedule.num_timesteps - 1
+        student = Student(self.teacher.denoiser(), self.plan.student_timesteps or (last,))
+        again = [
+            sample_noise([stable_seed("start", seed, step) for seed in seeds], self.shape)
+            for step in range(1, len(student.timesteps))
+        ]
+        noises = [noise.to(self.teacher.device) for noise in (eps, *again)]
+        return student.sample(noises, self.teacher.encode_prompts(prompts))
 
     @torch.no_grad()
     def _sample_student(
-        self, eps: torch.Tensor, prompts: tuple[str, ...]
+        self, eps: torch.Tensor, prompts: tuple[str, ...], seeds: list[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The exported folder through plain diffusers, as its user would call it."""
+        """The exported folder through plain diffusers, as its user would call it. A student of
+        several steps draws its re-noising from one generator per picture."""
         if self._student is None:
             self._student = load_plainly(self._student_path, self.teacher.device)
         pipeline = self._student
         latents = pipeline(
             list(prompts),
             latents=eps.to(self.teacher.device),
-            num_inference_steps=1,
+            num_inference_steps=self.plan.student_steps,
             guidance_scale=0,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             output_type="latent",
         ).images
         decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample

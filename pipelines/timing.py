@@ -132,7 +132,7 @@ def _picture_makers(plan: SamplingPlan, local: Networks) -> dict[str, Callable[[
 
     steps = {TEACHER: plan.steps} | plan.few()
     makers = {name: make(teacher, n, plan.guidance_scale) for name, n in steps.items()}
-    return makers | {STUDENT: make(student, 1, 0.0)}
+    return makers | {STUDENT: make(student, plan.student_steps, 0.0)}
 
 
 def _device_name(device: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dmd_core.condition import Condition
 from dmd_core.schedule import Schedule
 
 
@@ -18,11 +19,11 @@ class GaussianDenoiser:
     mean: float
     std: float
 
-    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
         alpha, sigma = self.schedule.coefficients(t, x_t)
         k = alpha**2 * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
         return (self.mean + k / alpha * (x_t - alpha * self.mean)).to(x_t.dtype)
 
-    def network(self, x_t: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+    def network(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
         """The same as a raw network of the schedule's prediction type."""
         return self.schedule.output_from_x0(self(x_t, t, cond).double(), x_t.double(), t)

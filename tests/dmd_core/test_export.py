@@ -7,10 +7,10 @@ import sys
 import torch
 from diffusers import DiffusionPipeline
 
-from dmd_core.denoiser import NetworkDenoiser, unet_network
+from dmd_core.denoiser import DiffusersNetwork, NetworkDenoiser
 from dmd_core.export import export_student
 from dmd_core.noise import sample_noise
-from dmd_core.student import OneStepStudent
+from dmd_core.student import Student
 from dmd_core.teacher import load_teacher
 
 
@@ -22,12 +22,14 @@ def test_exported_student_equals_the_student_in_memory(tiny_teacher_dir, tmp_pat
         parameter.data += 0.02 * torch.randn_like(parameter)
     prompts = ["red fox", "green apple"]
     eps = sample_noise([5, 6], teacher.latent_shape())
-    student = OneStepStudent(NetworkDenoiser(unet_network(unet), teacher.schedule))
+    student = Student.one_step(NetworkDenoiser(DiffusersNetwork(unet), teacher.schedule))
     with torch.no_grad():
         expected = student(eps, teacher.encode_prompts(prompts))
 
     target = str(tmp_path / "student")
-    export_student(teacher, unet.state_dict(), target, card={"step": 1}, dtype=torch.float32)
+    export_student(
+        teacher, unet.state_dict(), target, timesteps=(999,), card={"step": 1}, dtype=torch.float32
+    )
     pipeline = DiffusionPipeline.from_pretrained(target)
     latents = pipeline(
         prompts, latents=eps, num_inference_steps=1, guidance_scale=0, output_type="latent"
@@ -44,7 +46,9 @@ def test_export_leaves_the_teacher_as_it_was_and_replaces_an_older_student(
     scheduler = type(teacher.pipeline.scheduler)
     zeros = {name: torch.zeros_like(value) for name, value in before.items()}
     for _ in range(2):
-        export_student(teacher, zeros, str(tmp_path / "s"), card={}, dtype=torch.float16)
+        export_student(
+            teacher, zeros, str(tmp_path / "s"), timesteps=(999,), card={}, dtype=torch.float16
+        )
     after = teacher.pipeline.unet.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert type(teacher.pipeline.scheduler) is scheduler
@@ -55,7 +59,12 @@ def test_a_picture_needs_none_of_our_code(tiny_teacher_dir, tmp_path):
     teacher = load_teacher(tiny_teacher_dir)
     target = str(tmp_path / "student")
     export_student(
-        teacher, teacher.pipeline.unet.state_dict(), target, card={}, dtype=torch.float32
+        teacher,
+        teacher.pipeline.unet.state_dict(),
+        target,
+        timesteps=(999,),
+        card={},
+        dtype=torch.float32,
     )
     picture = tmp_path / "fox.png"
     code = (

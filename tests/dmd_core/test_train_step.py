@@ -1,14 +1,17 @@
-"""Station 6 in motion. Oracles: Gaussians whose exact scores are known, and who gets gradients."""
+"""Station 6 in motion. Oracles: Gaussians whose exact scores are known, and who gets gradients.
+
+The steps one by one: test_generator_step.py, test_fake_score.py.
+"""
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
-from dmd_core.denoiser import GuidedDenoiser, NetworkDenoiser
+from dmd_core.condition import Condition
 from dmd_core.schedule import Schedule
-from dmd_core.student import OneStepStudent
-from dmd_core.train_step import DmdWeights, PairedPart, StepNoise, fake_score_step, generator_step
+from dmd_core.student import Student
+from dmd_core.train_step import LossSettings, PairedPart, StepNoise, fake_score_step, generator_step
 from tests.dmd_core.gaussian import GaussianDenoiser
 
 SCHEDULE = Schedule.from_scheduler(
@@ -55,20 +58,20 @@ def _noise(count: int, generator: torch.Generator) -> StepNoise:
     def uniform():
         return torch.rand(count, generator=generator, dtype=torch.float64)
 
-    return StepNoise(normal(), normal(), uniform(), normal(), uniform())
+    return StepNoise((normal(),), normal(), uniform(), normal(), uniform())
 
 
 def test_the_student_converges_to_the_teacher_s_distribution():
     teacher_mean, teacher_std = -0.4, 0.5
     network = AffineStudent(scale=1.2, shift=0.9)
-    student, real = OneStepStudent(network), GaussianDenoiser(SCHEDULE, teacher_mean, teacher_std)
+    student, real = Student.one_step(network), GaussianDenoiser(SCHEDULE, teacher_mean, teacher_std)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.02)
-    generator, cond = torch.Generator().manual_seed(0), torch.zeros(64, 1, 1)
+    generator, cond = torch.Generator().manual_seed(0), Condition()
     for _ in range(300):
         # A fake score that is always right: the exact denoiser of the student as it is now.
         fake = GaussianDenoiser(SCHEDULE, float(network.shift), abs(float(network.scale)))
         result = generator_step(
-            student, real, fake, _noise(64, generator), cond, None, DmdWeights(reg=0.0)
+            student, real, fake, _noise(64, generator), cond, None, LossSettings(reg=0.0)
         )
         optimizer.zero_grad()
         result.loss_dm.mean().backward()
@@ -80,10 +83,12 @@ def test_the_student_converges_to_the_teacher_s_distribution():
 def test_the_fake_score_learns_the_student_s_mean():
     fake = LearnedMean(0.0)
     optimizer = torch.optim.Adam(fake.parameters(), lr=0.02)
-    generator, cond = torch.Generator().manual_seed(0), torch.zeros(64, 1, 1)
+    generator, cond = torch.Generator().manual_seed(0), Condition()
     for _ in range(200):
         x = 0.8 + 0.5 * torch.randn(64, *SHAPE, generator=generator)
-        loss = fake_score_step(fake, x, _noise(64, generator), cond).mean()
+        loss = fake_score_step(
+            fake, x, _noise(64, generator), cond, LossSettings()
+        ).loss_score.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -93,12 +98,12 @@ def test_the_fake_score_learns_the_student_s_mean():
 def test_regression_alone_recovers_the_teacher_s_map():
     network = AffineStudent(scale=1.0, shift=0.0)
     eps = torch.randn(256, *SHAPE)
-    paired = PairedPart(eps, 0.3 * eps - 0.2, torch.zeros(256, 1, 1))
+    paired = PairedPart(eps, 0.3 * eps - 0.2, Condition())
     optimizer = torch.optim.Adam(network.parameters(), lr=0.05)
-    noise, cond = _noise(1, torch.Generator()), torch.zeros(1, 1, 1)
+    noise, cond = _noise(1, torch.Generator()), Condition()
     for _ in range(200):
         result = generator_step(
-            OneStepStudent(network), network, network, noise, cond, paired, DmdWeights(dm=0.0)
+            Student.one_step(network), network, network, noise, cond, paired, LossSettings(dm=0.0)
         )
         optimizer.zero_grad()
         result.loss_reg.mean().backward()
@@ -109,16 +114,16 @@ def test_regression_alone_recovers_the_teacher_s_map():
 
 def test_gradients_reach_only_the_network_being_trained():
     student_net, teacher, fake = AffineStudent(1.0, 0.5), LearnedMean(0.0), LearnedMean(0.5)
-    noise, cond = _noise(8, torch.Generator().manual_seed(1)), torch.zeros(8, 1, 1)
+    noise, cond = _noise(8, torch.Generator().manual_seed(1)), Condition()
     result = generator_step(
-        OneStepStudent(student_net), teacher, fake, noise, cond, None, DmdWeights(reg=0.0)
+        Student.one_step(student_net), teacher, fake, noise, cond, None, LossSettings(reg=0.0)
     )
     result.loss_dm.sum().backward()
     assert student_net.shift.grad is not None and student_net.shift.grad != 0
     assert teacher.mean.grad is None and fake.mean.grad is None
 
     student_net.zero_grad(set_to_none=True)
-    fake_score_step(fake, result.x, noise, cond).sum().backward()
+    fake_score_step(fake, result.x, noise, cond, LossSettings()).loss_score.sum().backward()
     assert fake.mean.grad is not None and fake.mean.grad != 0
     assert student_net.shift.grad is None and teacher.mean.grad is None
 
@@ -131,32 +136,14 @@ def test_times_stay_in_their_range():
             seen.append(t)
             return super().forward(x_t, t, cond)
 
-    generator, cond = torch.Generator().manual_seed(0), torch.zeros(4000, 1, 1)
+    generator, cond = torch.Generator().manual_seed(0), Condition()
     recorder = Recorder(0.0)
     generator_step(
-        OneStepStudent(AffineStudent(1.0, 0.0)), recorder, LearnedMean(0.1),
-        _noise(4000, generator), cond, None, DmdWeights(reg=0.0),
+        Student.one_step(AffineStudent(1.0, 0.0)), recorder, LearnedMean(0.1),
+        _noise(4000, generator), cond, None, LossSettings(reg=0.0),
     )  # fmt: skip
     assert 20 <= seen[0].min() <= 25 and 974 <= seen[0].max() < 980
-    fake_score_step(recorder, torch.randn(4000, *SHAPE), _noise(4000, generator), cond)
-    assert seen[1].min() <= 5 and 994 <= seen[1].max() < 1000
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("scale", [1.0, 7.5])
-def test_guided_x0_equals_guidance_of_the_raw_output(prediction_type, scale):
-    schedule = Schedule(SCHEDULE.alphas, SCHEDULE.sigmas, prediction_type)
-
-    x_t, t = torch.randn(3, *SHAPE), torch.tensor([0, 500, 999])
-    cond, uncond = torch.randn(1, 2, 2).expand(3, 2, 2), torch.randn(1, 2, 2)
-
-    def raw(c):
-        return x_t * 0.5 + c.mean(dim=(1, 2)).view(-1, 1, 1, 1)
-
-    denoiser = NetworkDenoiser(
-        lambda x, t, c: x * 0.5 + c.mean(dim=(1, 2)).view(-1, 1, 1, 1), schedule
+    fake_score_step(
+        recorder, torch.randn(4000, *SHAPE), _noise(4000, generator), cond, LossSettings()
     )
-    mixed = raw(uncond.expand(3, 2, 2)) + scale * (raw(cond) - raw(uncond.expand(3, 2, 2)))
-    expected = schedule.x0_from_output(mixed, x_t, t)
-    ours = GuidedDenoiser(denoiser, scale, uncond)(x_t, t, cond)
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+    assert seen[1].min() <= 5 and 994 <= seen[1].max() < 1000

@@ -16,8 +16,9 @@ from dmd_core.export import one_step_scheduler
 from dmd_core.features import latent_features
 from dmd_core.gallery import Gallery, save_gallery
 from dmd_core.metrics import Estimate
+from dmd_core.miniature import build_scheduler
 from dmd_core.noise import sample_noise
-from dmd_core.ode import SOLVERS, make_scheduler
+from dmd_core.ode import make_scheduler, solvers_for
 from pipelines.config import EvaluateSection, PairsSection, StorageSection
 from pipelines.evaluation import NOISE, NOISE_PROMPTS, evaluate, verdict
 from pipelines.images import image_files, make_images, read_images
@@ -125,7 +126,7 @@ def test_features_are_the_scaled_posterior_mean_in_any_batch(sampler):
     )
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", solvers_for(build_scheduler().config))
 def test_network_evaluations_are_those_that_happen(sampler, networks, plan, solver):
     plan = replace(plan, solver=solver)
     counted = SystemSampler(plan, networks)

@@ -14,11 +14,12 @@ from dmd_core.files import write_atomic
 from dmd_core.noise import sample_noise
 from dmd_core.teacher import load_teacher, teacher_revision
 from dmd_core.types import PairBatch
-from pipelines.config import PairsSection, StorageSection, TrainSection
+from pipelines.config import PairsSection, StorageSection
 from pipelines.manifest import Manifest
 from pipelines.pairs import encode_pairs, fingerprint_of
 from pipelines.seal import seal_generation
 from pipelines.storage import Store, open_store
+from pipelines.train_config import TrainSection
 from pipelines.training import CHECKPOINTS, train_loop
 from pipelines.workers import run_worker_group
 from tests.pipelines.made_pairs import land_ids
@@ -58,8 +59,8 @@ def train(pairs, tiny_teacher_dir, tmp_path, ray_cluster):
         config = {
             "train": section.model_dump(), "pairs": PAIRS.model_dump(), "seed": 7,
             "storage": StorageSection().model_dump(), "dir": store.url, "root": root.url,
-            "teacher": tiny_teacher_dir, "version": manifest.version,
-            "digest": digest or manifest.digest,
+            "teacher": tiny_teacher_dir,
+            "pins": {"default": 1, "versions": {1: digest or manifest.digest}},
         }  # fmt: skip
         run_worker_group(
             train_loop, config, store=store, num_workers=workers, cpus_per_worker=1,
@@ -97,7 +98,7 @@ def test_an_interrupted_run_equals_an_undisturbed_one_and_two_workers_equal_one(
             assert torch.equal(value, found.parts[part][name]), f"{part}.{name}"
     assert committed_steps(resumed.fs, resumed.path(CHECKPOINTS)) == [2, 4, 6]
     # No gap and no double step in the metrics, and the same numbers.
-    keys = ("step", "loss_dm", "loss_reg", "loss_fake", "grad_norm")
+    keys = ("step", "loss_dm", "loss_reg", "loss_fake", "generator_grad_norm")
     one = [{key: line[key] for key in keys} for line in _losses(straight)]
     assert one == [{key: line[key] for key in keys} for line in _losses(resumed)]
     assert [line["step"] for line in one] == list(range(1, 7))

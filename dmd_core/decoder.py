@@ -1,0 +1,71 @@
+"""Latents → pixels with gradient, so that the regression loss can compare what people see.
+
+DMD decodes both latents and takes LPIPS (§4.4 of the paper), through a tiny decoder where the full
+one does not fit.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from dmd_core.losses import Distance
+from dmd_core.teacher import Teacher, TeacherError
+
+# latents (B,C,h,w) → pixels (B,3,H,W) in about [−1, 1]
+Decode = Callable[[torch.Tensor], torch.Tensor]
+
+
+def load_decoder(teacher: Teacher, source: str) -> Decode:
+    """The teacher's own VAE ("vae"), or an AutoencoderTiny / AutoencoderKL folder, frozen."""
+    vae: Any = teacher.pipeline.vae
+    if source != "vae":
+        vae = _load(source)
+        vae.to(device=teacher.device)
+        vae.eval().requires_grad_(False)
+    scale = vae.config.scaling_factor
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        return vae.decode(latents / scale, return_dict=False)[0]
+
+    return decode
+
+
+def decoded(distance: Distance, decode: Decode) -> Distance:
+    """`distance` between what x and y decode to; no graph is kept for y."""
+
+    def measure(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            target = decode(y)
+        return distance(decode(x), target)
+
+    return measure
+
+
+def check_decoder(source: str) -> None:
+    """Fail at the door: is this "vae", or a folder that `load_decoder` takes?"""
+    if source != "vae":
+        _decoder_class(source)
+
+
+def _load(source: str) -> Any:
+    return _decoder_class(source).from_pretrained(
+        source, use_safetensors=True, local_files_only=True
+    )
+
+
+def _decoder_class(source: str) -> Any:
+    classes = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
+    config = Path(source) / "config.json"
+    if not config.is_file():
+        raise TeacherError(
+            f"decoder {source} has no config.json; expected vae, or a folder with "
+            f"one of {', '.join(classes)}"
+        )
+    name = json.loads(config.read_text()).get("_class_name")
+    if name not in classes:
+        raise TeacherError(f"decoder {source} is a {name}; expected {' or '.join(classes)}")
+    return classes[name]

@@ -1,0 +1,55 @@
+"""Low-rank adapters on a UNet through peft: train few weights, export them apart or fused.
+
+peft is an optional dependency: extra "lora".
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# Attention projections, as DMD2's LoRA run and most adapters for Stable Diffusion have them.
+DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """W + (alpha / rank) · B A on every layer whose name ends in one of `targets`."""
+
+    rank: int = 64
+    alpha: int = 64
+    targets: tuple[str, ...] = DEFAULT_TARGETS
+
+
+def add_lora(unet: nn.Module, settings: LoraSettings, seed: int) -> None:
+    """Freeze `unet` and add fresh adapters (B = 0: nothing changes yet), drawn from `seed`."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise RuntimeError(
+            "train.trainable: lora needs peft; install the extra: pip install 'one-step-dmd[lora]'"
+        ) from error
+    unet.requires_grad_(False)
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets)
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(config)  # type: ignore[operator]
+    for parameter in unet.parameters():  # trained weights in float32 whatever the base is in
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def fuse_lora(unet: nn.Module) -> None:
+    """Add the adapters to the weights they belong to, and remove them: a plain UNet again."""
+    unet.fuse_lora()  # type: ignore[operator]
+    unet.unload_lora()  # type: ignore[operator]
+
+
+def lora_state(unet: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapters alone, by the names that diffusers' `load_lora_weights` reads."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
+    return convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))

@@ -1,0 +1,35 @@
+"""Which arithmetic is done in which precision: a decision, stated once and printed at the start.
+
+float16 is not offered: DMD2's authors and others saw it diverge, for the range of the normalised
+gradient is wide.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+# What stays in higher precision whatever the networks compute in, and where.
+ISLANDS = {
+    "x₀ from the network's output, α, σ": "float64 (dmd_core/schedule.py)",
+    "distribution-matching gradient, losses, logits": "float32 (dmd_core/losses.py)",
+    "master weights, optimizers, moving average": "float32 (dmd_core/trainer.py)",
+    "random numbers": "float64, rounded once (dmd_core/noise.py)",
+}
+
+
+@dataclass(frozen=True)
+class PrecisionPolicy:
+    """`compute`: dtype of matrix products and convolutions inside the networks (autocast)."""
+
+    compute: torch.dtype = torch.float32
+
+    @staticmethod
+    def named(mixed_precision: str) -> "PrecisionPolicy":
+        """diffusers' names: "no" or "bf16"."""
+        dtypes = {"no": torch.float32, "bf16": torch.bfloat16}
+        if mixed_precision not in dtypes:
+            raise ValueError(f"mixed_precision {mixed_precision!r}; expected {' or '.join(dtypes)}")
+        return PrecisionPolicy(dtypes[mixed_precision])
+
+    def describe(self) -> dict[str, str]:
+        return {"networks": str(self.compute).removeprefix("torch.")} | ISLANDS

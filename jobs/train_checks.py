@@ -1,0 +1,87 @@
+"""Fail at the door: does the recipe fit the teacher and the pairs? Before any worker starts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from dmd_core.decoder import check_decoder
+from dmd_core.export import check_exportable
+from dmd_core.losses import REGRESSION_LOSSES
+from dmd_core.perceptual import load_perceptual
+from dmd_core.precision import PrecisionPolicy
+from dmd_core.schedule import Schedule
+from dmd_core.teacher import teacher_revision
+from jobs.errors import Exit, JobError
+from jobs.session import Session
+from pipelines.batches import PairReader
+from pipelines.manifest import load_manifest
+from pipelines.pins import Pins
+
+
+def check_training(session: Session, pins: Pins) -> dict[str, str]:
+    """Raises an error that names the keys; returns the precision policy, in words."""
+    section = session.recipe.train
+    folder = Path(session.teacher_dir)
+    scheduler = _scheduler(folder)
+    try:
+        schedule = Schedule.from_scheduler(scheduler)
+        check_exportable(schedule, dict(scheduler.config), section.student_timesteps)
+    except ValueError as error:
+        raise JobError(f"teacher.path, train.student_timesteps: {error}", Exit.USAGE) from error
+    for index, (_, keys) in enumerate(section.plan()):
+        where = f"train.stages.{index}" if section.stages else "train"
+        if keys.needs_pairs and keys.pairs_version is None and pins.default is None:
+            raise JobError(
+                f"{where}.lambda_reg is {keys.lambda_reg}, but {session.pairs_root.url} has no "
+                "sealed pairs; run `dmd pairs` with this recipe first"
+            )
+        if keys.needs_pairs and keys.regression_loss not in REGRESSION_LOSSES:
+            load_perceptual(keys.regression_loss, trunk=section.perceptual_trunk or None)
+            check_decoder(keys.regression_decoder)
+    _check_pairs(session, pins, folder)
+    return PrecisionPolicy.named(section.mixed_precision).describe()
+
+
+def _check_pairs(session: Session, pins: Pins, teacher: Path) -> None:
+    """Are these pairs of this very teacher, in its shape?"""
+    if not pins.versions:
+        return
+    revision, shape = teacher_revision(str(teacher)), _latent_shape(session, teacher)
+    for version in pins.versions:
+        manifest = load_manifest(session.pairs_root, version)
+        name = f"{session.pairs_root.url} version {version}"
+        made_by = manifest.fingerprint["teacher_revision"]
+        if made_by != revision:
+            raise JobError(
+                f"{name} was made by teacher {made_by[:16]}…, but teacher.path is "
+                f"{revision[:16]}…; a student learns from its own teacher's pairs only",
+                Exit.REFUSED,
+            )
+        stored = tuple(PairReader(session.pairs_root, manifest, seed=0).batch(0, 1).noise.shape[1:])
+        if stored != shape:
+            raise JobError(
+                f"{name} holds latents of shape {stored}; the teacher with pairs.height "
+                f"{session.recipe.pairs.height} and pairs.width {session.recipe.pairs.width} "
+                f"has {shape}",
+                Exit.REFUSED,
+            )
+
+
+def _scheduler(teacher: Path) -> Any:
+    """The teacher's scheduler, without its weights."""
+    config = json.loads((teacher / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = getattr(diffusers, str(config.get("_class_name")), None)
+    if scheduler is None:
+        raise JobError(f"{teacher}/scheduler is a {config.get('_class_name')}, not of diffusers")
+    return scheduler.from_config(config)
+
+
+def _latent_shape(session: Session, teacher: Path) -> tuple[int, ...]:
+    unet = json.loads((teacher / "unet" / "config.json").read_text())
+    vae = json.loads((teacher / "vae" / "config.json").read_text())
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    own = unet["sample_size"] * factor
+    pairs = session.recipe.pairs
+    return unet["in_channels"], (pairs.height or own) // factor, (pairs.width or own) // factor
