@@ -66,6 +66,10 @@ class NetworkDenoiser:
     schedule: Schedule
     compute_dtype: torch.dtype = torch.float32
 
+    def __post_init__(self) -> None:
+        if self.compute_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"compute_dtype {self.compute_dtype}; expected float32 or bfloat16")
+
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
         output = self.raw(x_t, t, cond)
         return self.schedule.x0_from_output(output.float(), x_t, t)

@@ -18,7 +18,7 @@ from diffusers import (
 from torch import nn
 
 from dmd_core.checkpoint import Tensors
-from dmd_core.lora import LoraSettings, add_lora, fuse_lora, lora_state
+from dmd_core.lora import LoraSettings, add_lora, fuse_lora, lora_config, lora_state
 from dmd_core.schedule import Schedule
 from dmd_core.teacher import Teacher
 
@@ -140,7 +140,11 @@ def _load_adapters(unet: nn.Module, adapters: Tensors, lora: LoraSettings) -> No
 def _save_adapters(unet: nn.Module, folder: Path) -> None:
     """As diffusers' `load_lora_weights` reads them: pytorch_lora_weights.safetensors."""
     StableDiffusionPipeline.save_lora_weights(
-        folder, unet_lora_layers=dict(lora_state(unet)), safe_serialization=True
+        folder,
+        unet_lora_layers=dict(lora_state(unet)),
+        # With the settings: without them a reader takes alpha = rank.
+        unet_lora_adapter_metadata=lora_config(unet),
+        safe_serialization=True,
     )
 
 

@@ -4,6 +4,7 @@ peft is an optional dependency: extra "lora".
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,3 +54,9 @@ def lora_state(unet: nn.Module) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     return convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+
+
+def lora_config(unet: nn.Module) -> dict[str, Any]:
+    """The adapters' rank, alpha and targets, as peft describes them."""
+    adapted: Any = unet
+    return adapted.peft_config["default"].to_dict()

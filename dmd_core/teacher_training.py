@@ -55,7 +55,7 @@ class TextConditionalUNet(nn.Module):
 
 def pictures_to_tensor(pictures: np.ndarray) -> torch.Tensor:
     """(N,H,W,3) uint8 → (N,3,H,W) float32 in [−1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return torch.tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def vae_loss(

@@ -126,7 +126,7 @@ def generator_step(
     if settings.dm > 0:
         g = _matching_gradient(real, fake, x_dm.detach(), cond_dm, noise, settings)
         loss = distribution_matching_loss(x_dm, _finite(g))
-        terms["dm"] = _Term(loss, g / x[0].numel())
+        terms["dm"] = _Term(loss, g / x.shape[1:].numel())
     if settings.reg > 0 and paired is not None:
         measure = distance or regression_distance(settings.regression)
         terms["reg"] = _term(lambda out: measure(out, paired.y), x_ref)
@@ -207,6 +207,8 @@ def fake_score_step(
 
     t_x, t_real = (draw_times(u, schedule) for u in (pictures.u_x, pictures.u))
     count = len(t_x)  # samples beyond these are the student's outputs on stored pairs
+    if len(pictures.x) != count:
+        raise ValueError(f"{len(pictures.x)} real pictures for {count} samples; expected as many")
     judged = [schedule.diffuse(x[:count], pictures.eps_x, t_x)]
     judged += [schedule.diffuse(pictures.x, pictures.eps, t_real)]
     times, conds = [t_x, t_real], [cond.rows(slice(count)), pictures.cond]

@@ -14,8 +14,7 @@ from jobs.session import Session
 from pipelines.manifest import Manifest, latest_manifest, load_manifest
 from pipelines.pins import Pins
 from pipelines.prompts import read_prompts
-from pipelines.storage import open_store
-from pipelines.streams import list_pictures, pictures_digest
+from pipelines.streams import open_pictures, pictures_digest
 
 PINNED = "pins.json"
 
@@ -89,7 +88,8 @@ def _pictures_digest(session: Session) -> str:
     section = session.recipe.train
     if not section.uses_gan:
         return ""
-    return pictures_digest(list_pictures(open_store(section.real_pictures, session.recipe.storage)))
+    _, refs = open_pictures(section.real_pictures, session.recipe.storage)
+    return pictures_digest(refs)
 
 
 def _short(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Training metrics as JSON lines, without gaps or double steps across interruptions."""
 
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,13 @@ class MetricsLog:
             self._writer = SummaryWriter(self._events, purge_step=resume_step + 1, flush_secs=10)
 
     def append(self, record: dict[str, Any]) -> None:
-        """`record` holds an int `step` and numbers."""
+        """`record` holds an int `step` and numbers; one that is not finite is written as null,
+        for JSON has no other word for it."""
+        record = {key: value if math.isfinite(value) else None for key, value in record.items()}
         self._lines.append(record)
         if self._writer is not None:
             for key, value in record.items():
-                if key != "step":
+                if key != "step" and value is not None:
                     self._writer.add_scalar(f"train/{key}", value, record["step"])
 
     def add_picture(self, tag: str, step: int, picture: Any) -> None:

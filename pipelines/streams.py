@@ -20,8 +20,10 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dmd_core.noise import stable_seed, uniform_words
+from pipelines import emoji
 from pipelines.batches import part_of_batch
-from pipelines.storage import Store
+from pipelines.config import StorageSection
+from pipelines.storage import Store, open_store
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _METADATA = "metadata.jsonl"  # the captions of an image folder, as the `datasets` library has them
@@ -73,6 +75,18 @@ class PictureRef:
     prompt: str
 
 
+def open_pictures(source: str, storage: StorageSection) -> tuple[Store, tuple[PictureRef, ...]]:
+    """The real pictures of a recipe: a folder or URL, or "emoji", the shipped teacher's own
+    training pictures (extra train-teacher)."""
+    if source != "emoji":
+        store = open_store(source, storage)
+        return store, list_pictures(store)
+    items = emoji.load_emoji()
+    kept = [item for item, held in zip(items, emoji.held_out(items), strict=True) if not held]
+    store = open_store(str(kept[0].path.parent))
+    return store, tuple(PictureRef(item.path.name, 0, item.caption) for item in kept)
+
+
 def list_pictures(store: Store) -> tuple[PictureRef, ...]:
     """All pictures of a folder: image files (captions from metadata.jsonl, else empty), or Parquet
     files with columns image and prompt. Raises `PictureError` for none or for a bad list."""
@@ -121,16 +135,18 @@ class PictureStream:
     ) -> tuple[torch.Tensor, tuple[str, ...]]:
         """Latents (B,C,h,w) float32 on the CPU and B prompts."""
         rows = self._order.rows(position, global_batch, rank, world_size)
-        missing = [row for row in dict.fromkeys(rows) if row not in self._kept]
-        fresh: dict[int, torch.Tensor] = {}
-        if missing:
-            pictures = np.stack([self._picture(self._refs[row]) for row in missing])
-            fresh = dict(zip(missing, self._encode(pictures).cpu(), strict=True))
-        latents = [fresh[row] if row in fresh else self._kept[row] for row in rows]
-        self._kept |= fresh
-        while len(self._kept) * latents[0].numel() * 4 > _CACHED_BYTES:
+        latents = [self._latents(row) for row in rows]
+        while len(self._kept) * latents[0].numel() * latents[0].itemsize > _CACHED_BYTES:
             self._kept.popitem(last=False)
         return torch.stack(latents), tuple(self._refs[row].prompt for row in rows)
+
+    def _latents(self, row: int) -> torch.Tensor:
+        """Encoded alone: in a batch, the last bits would depend on what else is in it, and so on
+        what was encoded before; a resumed run would differ."""
+        if row not in self._kept:
+            picture = self._picture(self._refs[row])
+            self._kept[row] = self._encode(picture[None])[0].cpu()
+        return self._kept[row]
 
     def _picture(self, ref: PictureRef) -> np.ndarray:
         """(H,W,3) uint8, on white, cut and resized to the teacher's size."""

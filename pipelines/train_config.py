@@ -171,7 +171,9 @@ class TrainSection(StageKeys):
         "where no stage needs pairs",
     )
     real_pictures: str = Field(
-        default="", description="for the GAN: a folder (with metadata.jsonl) or Parquet files"
+        default="",
+        description="for the GAN: a folder (with metadata.jsonl), Parquet files, or emoji: "
+        "the pictures the shipped teacher was trained on",
     )
     trainable: Literal["full", "lora"] = "full"
     lora_rank: Positive = 64

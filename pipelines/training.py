@@ -38,7 +38,7 @@ from pipelines.progress import Throttle
 from pipelines.prompts import read_prompts
 from pipelines.step_data import Progress, StepSource
 from pipelines.storage import Store, local_copy, open_store
-from pipelines.streams import PictureStream, PromptStream, list_pictures
+from pipelines.streams import PictureStream, PromptStream, open_pictures
 from pipelines.train_config import StageKeys, TrainSection
 from pipelines.train_settings import lr_factor, stage_settings, trainer_settings
 from pipelines.workers import set_threads
@@ -119,14 +119,12 @@ class _DmdRun:
     def _open_pictures(self) -> PictureStream | None:
         if not self.section.uses_gan:
             return None
-        store = open_store(self.section.real_pictures, self.storage)
+        store, refs = open_pictures(self.section.real_pictures, self.storage)
         height, width = (
             side * self.teacher.pipeline.vae_scale_factor for side in self._shape()[1:]
         )
         seed = stable_seed(self.seed, "pictures")
-        return PictureStream(
-            store, list_pictures(store), self.teacher.encode, (height, width), seed
-        )
+        return PictureStream(store, refs, self.teacher.encode, (height, width), seed)
 
     def _shape(self) -> tuple[int, ...]:
         return self.teacher.latent_shape(self.pairs_section.height, self.pairs_section.width)

@@ -4,11 +4,13 @@ import copy
 import subprocess
 import sys
 
+import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 
 from dmd_core.denoiser import DiffusersNetwork, NetworkDenoiser
-from dmd_core.export import export_student
+from dmd_core.export import export_student, student_scheduler
+from dmd_core.lora import LoraSettings, add_lora
 from dmd_core.noise import sample_noise
 from dmd_core.student import Student
 from dmd_core.teacher import load_teacher
@@ -16,10 +18,7 @@ from dmd_core.teacher import load_teacher
 
 def test_exported_student_equals_the_student_in_memory(tiny_teacher_dir, tmp_path):
     teacher = load_teacher(tiny_teacher_dir)
-    torch.manual_seed(1)
-    unet = copy.deepcopy(teacher.pipeline.unet)
-    for parameter in unet.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
+    unet = _perturbed(teacher)
     prompts = ["red fox", "green apple"]
     eps = sample_noise([5, 6], teacher.latent_shape())
     student = Student.one_step(NetworkDenoiser(DiffusersNetwork(unet), teacher.schedule))
@@ -75,3 +74,77 @@ def test_a_picture_needs_none_of_our_code(tiny_teacher_dir, tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, timeout=300)
     assert picture.stat().st_size > 0
+
+
+@pytest.mark.parametrize("timesteps", [(399,), (999, 749, 499, 249), (999, 499)])
+def test_a_student_s_own_timesteps_are_the_exported_defaults(tiny_teacher_dir, tmp_path, timesteps):
+    teacher = load_teacher(tiny_teacher_dir)
+    unet = _perturbed(teacher)
+    prompts, seed, shape = ["red fox", "green apple"], 11, (2, *teacher.latent_shape())
+    # The noise as diffusers draws it: the start is given, each re-noising comes from a generator.
+    generator = torch.Generator().manual_seed(seed)
+    eps = sample_noise([5, 6], teacher.latent_shape())
+    again = [torch.randn(shape, generator=generator) for _ in timesteps[1:]]
+    student = Student(NetworkDenoiser(DiffusersNetwork(unet), teacher.schedule), timesteps)
+    expected = student.sample([eps, *again], teacher.encode_prompts(prompts))
+
+    target = str(tmp_path / "student")
+    export_student(
+        teacher, unet.state_dict(), target, timesteps=timesteps, card={}, dtype=torch.float32
+    )
+    pipeline = DiffusionPipeline.from_pretrained(target)
+    latents = pipeline(
+        prompts, latents=eps, num_inference_steps=len(timesteps), guidance_scale=0,
+        generator=torch.Generator().manual_seed(seed), output_type="latent",
+    ).images  # fmt: skip
+    assert pipeline.scheduler.timesteps.tolist() == list(timesteps)
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_timesteps_that_no_scheduler_has_are_refused_with_those_it_has():
+    with pytest.raises(ValueError, match=r"expected evenly spaced times such as \[999, 666, 333\]"):
+        student_scheduler(dict(DDIMScheduler().config), (999, 700, 100))
+
+
+def test_an_adapter_is_exported_alone_and_fused(tiny_teacher_dir, tmp_path):
+    teacher = load_teacher(tiny_teacher_dir)
+    lora = LoraSettings(rank=3, alpha=6)
+    unet = copy.deepcopy(teacher.pipeline.unet)
+    add_lora(unet, lora, seed=1)
+    adapters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    torch.manual_seed(2)
+    for parameter in adapters.values():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    prompts, eps = ["red fox"], sample_noise([5], teacher.latent_shape())
+    student = Student.one_step(NetworkDenoiser(DiffusersNetwork(unet), teacher.schedule))
+    with torch.no_grad():
+        expected = student(eps, teacher.encode_prompts(prompts))
+        plain = Student.one_step(teacher.denoiser())(eps, teacher.encode_prompts(prompts))
+    assert (expected - plain).abs().max() > 0.01  # the adapter does something
+
+    target = str(tmp_path / "student")
+    export_student(
+        teacher, adapters, target, timesteps=(999,), card={}, dtype=torch.float32, lora=lora
+    )
+    fused = DiffusionPipeline.from_pretrained(target)
+    assert not any("lora" in name for name, _ in fused.unet.named_parameters())
+    loaded = DiffusionPipeline.from_pretrained(tiny_teacher_dir, scheduler=fused.scheduler)
+    loaded.load_lora_weights(f"{target}/lora")
+    for pipeline in (fused, loaded):
+        latents = pipeline(
+            prompts, latents=eps, num_inference_steps=1, guidance_scale=0, output_type="latent"
+        ).images
+        torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+    other = LoraSettings(rank=3, alpha=6, targets=("to_q",))
+    with pytest.raises(ValueError, match="lora_targets"):
+        export_student(
+            teacher, adapters, target, timesteps=(999,), card={}, dtype=torch.float32, lora=other
+        )
+
+
+def _perturbed(teacher):
+    torch.manual_seed(1)
+    unet = copy.deepcopy(teacher.pipeline.unet)
+    for parameter in unet.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return unet

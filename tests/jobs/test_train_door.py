@@ -1,0 +1,109 @@
+"""A recipe that contradicts itself, its teacher or its pairs is refused before any worker starts."""
+
+import json
+import shutil
+
+import pytest
+
+from jobs.cli import main
+from jobs.errors import Exit
+from tests.pipelines.test_training import PAIRS, pairs  # noqa: F401  (a fixture)
+
+
+@pytest.fixture
+def train(tiny_teacher_dir, tmp_path, capsys, pairs, monkeypatch):  # noqa: F811
+    """`dmd train` of the tiny recipe on sealed pairs, with Ray out of reach."""
+    import jobs.session
+
+    def no_ray(self):
+        raise AssertionError("the recipe was not refused at the door")
+
+    monkeypatch.setattr(jobs.session.Session, "start_ray", no_ray)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"prompt {index}" for index in range(12)))
+
+    def run(**settings: object) -> tuple[int, str]:
+        merged = {
+            "run.dir": tmp_path / "run", "teacher.path": tiny_teacher_dir,
+            "pairs.prompts": prompts, "pairs.root": pairs[0].url,
+        } | {key.replace("__", "."): value for key, value in settings.items()}  # fmt: skip
+        arguments = ["train", "--config", "tiny"]
+        for key, value in merged.items():
+            arguments += ["--set", f"{key}={value}"]
+        code = main(arguments)
+        return code, capsys.readouterr().err
+
+    run.folder = tmp_path
+    return run
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"train__gan_weight": 0.1}, "gan_weight > 0 needs train.real_pictures"),
+        ({"train__lambda_reg": 1, "train__regression_batch_size": 0}, "regression_batch_size"),
+        ({"train__t_max_fraction": 1.5}, "train.t_max_fraction"),
+        ({"train__t_min_fraction": 0.99}, "t_min_fraction (0.99)"),
+        ({"train__student_timesteps": "[249, 999]"}, "falling times"),
+        ({"train__r1_weight": 1}, "there is no discriminator"),
+        ({"train__max_train_steps": 9, "train__stages": "[{steps: 3}]"}, "both given"),
+        ({"train__stages": "[{steps: 3, samples: 3}]"}, "train.stages.0"),
+        ({"train__stages": "[{steps: 3}, {name: b, lambda_reg: 0, dm_weight: 0}]"}, "stages.1"),
+        ({"train__stages": "[{steps: 3, learning_rat: 1}]"}, "learning_rat"),
+        ({"train__stages": "[{steps: 3, until: {metric: loss_gan, below: 1}}]"}, "loss_gan"),
+        ({"train__stages": "[{steps: 3, until: {metric: loss_dm}}]"}, "below and above"),
+        ({"train__stages": "[{steps: 3, t_max_fraction: 0.01}]"}, "stages.0"),
+    ],
+)
+def test_contradictions_in_the_recipe(train, settings, expected):
+    if "train__stages" in settings and "train__max_train_steps" not in settings:
+        settings = settings | {"train__max_train_steps": "null"}
+    code, message = train(**settings)
+    assert code == Exit.USAGE and expected in message, message
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "expected"),
+    [
+        ({"train__student_timesteps": "[1200]"}, Exit.USAGE, "times 0 to 999"),
+        ({"train__student_timesteps": "[999, 700, 100]"}, Exit.USAGE, "evenly spaced"),
+        ({"train__regression_loss": "lpips"}, Exit.REFUSED, "torchvision's VGG-16"),
+        ({"train__pairs_version": 7}, Exit.REFUSED, "7"),
+        ({"pairs__height": 32}, Exit.REFUSED, "pairs.height 32"),
+        ({"train__lambda_reg": 0, "train__gan_weight": 1, "train__real_pictures": "/nowhere"},
+         Exit.REFUSED, "/nowhere"),
+    ],
+)  # fmt: skip
+def test_recipes_that_do_not_fit_teacher_or_pairs(train, settings, code, expected):
+    found, message = train(**settings)
+    assert found == code and expected in message, message
+
+
+def test_pairs_of_another_teacher(train, tiny_teacher_dir):
+    other = train.folder / "other"
+    shutil.copytree(tiny_teacher_dir, other)
+    config = other / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"beta_start": 0.001}))
+    code, message = train(teacher__path=other)
+    assert code == Exit.REFUSED and "its own teacher's pairs" in message
+
+
+def test_an_epsilon_teacher_whose_last_time_holds_no_signal(train, tiny_teacher_dir):
+    broken = train.folder / "zero"
+    shutil.copytree(tiny_teacher_dir, broken)
+    path = broken / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    config |= {"prediction_type": "epsilon", "rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(config))
+    code, message = train(teacher__path=broken)
+    assert code == Exit.USAGE and "zero-terminal-SNR" in message
+
+
+def test_prompts_that_changed_since_the_run_started(train):
+    settings = {"train__lambda_reg": 0, "pairs__root": train.folder / "nothing"}
+    with pytest.raises(AssertionError, match="not refused"):  # DMD2 needs no pairs
+        train(**settings)
+    with open(train.folder / "prompts.txt", "a") as file:
+        file.write("\none more")
+    code, message = train(**settings)
+    assert code == Exit.REFUSED and "prompts digest" in message
