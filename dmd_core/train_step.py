@@ -7,7 +7,6 @@ non-finite entries are counted and set to zero; then G is differentiated once.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -16,7 +15,6 @@ from dmd_core.denoiser import Denoiser
 from dmd_core.fake_score import FakeScore
 from dmd_core.losses import (
     Distance,
-    DmWeighting,
     distribution_matching_loss,
     dmd_gradient,
     fake_score_loss,
@@ -25,78 +23,21 @@ from dmd_core.losses import (
     r1_penalty,
     regression_distance,
 )
-from dmd_core.schedule import Schedule, ScoreWeight
+from dmd_core.output_gradient import Term, differentiate, finite
+from dmd_core.schedule import Schedule
+from dmd_core.step_types import (
+    FakeStep,
+    GeneratorStep,
+    LossSettings,
+    PairedPart,
+    Pictures,
+    StepNoise,
+)
 from dmd_core.student import Student
 
 # (x_t, t, cond) → logits (B,): is it real?
 Discriminator = Callable[[torch.Tensor, torch.Tensor, Condition], torch.Tensor]
 R1_SIGMA = 0.1  # step of the R1 difference, of latents with unit variance
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """`dm`, `reg` (the paper's λ) and `gan` weight the generator's losses; 0 leaves one out.
-
-    Times of the distribution-matching gradient are uniform in [t_min_fraction, t_max_fraction)·T;
-    those of the fake score and of the GAN in all of [0, T). `pairs_in_dm`: the student's outputs
-    on the stored noise feed the distribution-matching term too (the LAION variant of Algorithm 1).
-    """
-
-    dm: float = 1.0
-    reg: float = 0.25
-    gan: float = 0.0
-    regression: str = "l2"
-    dm_weighting: DmWeighting = "normalised"
-    score_weight: ScoreWeight = "teacher"
-    t_min_fraction: float = 0.02
-    t_max_fraction: float = 0.98
-    pairs_in_dm: bool = False
-
-
-@dataclass(frozen=True)
-class StepNoise:
-    """All random numbers of one update, drawn outside and keyed by sample.
-
-    `z`: the student's input ε and its re-noisings, one (B,C,h,w) for each of its steps. For the
-    distribution-matching gradient, the fake-score loss and the GAN: ε and u ∈ [0, 1). Those of
-    `dm` and `fake` have B rows, or B + P where the P pairs feed the distribution-matching term.
-    """
-
-    z: tuple[torch.Tensor, ...]
-    eps_dm: torch.Tensor
-    u_dm: torch.Tensor
-    eps_fake: torch.Tensor
-    u_fake: torch.Tensor
-    eps_gan: torch.Tensor | None = None
-    u_gan: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class PairedPart:
-    """The teacher's own pairs: ε (P,C,h,w), its latents y alike, and their conditions."""
-
-    eps: torch.Tensor
-    y: torch.Tensor
-    cond: Condition
-
-
-@dataclass(frozen=True)
-class GeneratorStep:
-    """Per-sample losses of the generator, attached to G's graph: `loss_dm` (B,) or (B+P,),
-    `loss_reg` (P,), `loss_gan` (B,); empty where a loss is off.
-
-    `x` is the student's output, detached, with its `cond`: what the fake score trains on.
-    `output_norms`: mean norm of each loss's gradient at x, per sample, before weighting.
-    `non_finite`: entries of those gradients that were NaN or infinite and count as zero.
-    """
-
-    loss_dm: torch.Tensor
-    loss_reg: torch.Tensor
-    loss_gan: torch.Tensor
-    x: torch.Tensor
-    cond: Condition
-    output_norms: dict[str, float]
-    non_finite: int
 
 
 def generator_step(
@@ -122,14 +63,14 @@ def generator_step(
     if settings.pairs_in_dm and paired is not None:
         x_dm, cond_dm = torch.cat([x, x_ref]), Condition.cat(cond, paired.cond)
 
-    terms: dict[str, _Term] = {}
+    terms: dict[str, Term] = {}
     if settings.dm > 0:
         g = _matching_gradient(real, fake, x_dm.detach(), cond_dm, noise, settings)
-        loss = distribution_matching_loss(x_dm, _finite(g))
-        terms["dm"] = _Term(loss, g / x.shape[1:].numel())
+        loss = distribution_matching_loss(x_dm, finite(g))
+        terms["dm"] = Term(loss, g / x.shape[1:].numel())
     if settings.reg > 0 and paired is not None:
         measure = distance or regression_distance(settings.regression)
-        terms["reg"] = _term(lambda out: measure(out, paired.y), x_ref)
+        terms["reg"] = differentiate(lambda out: measure(out, paired.y), x_ref)
     if settings.gan > 0:
         if discriminator is None or noise.eps_gan is None or noise.u_gan is None:
             raise ValueError("a GAN weight above 0 needs a discriminator and its noise")
@@ -141,7 +82,7 @@ def generator_step(
                 judge(real.schedule.diffuse(out, eps_gan, t_gan), t_gan, cond)
             )
 
-        terms["gan"] = _term(fooled, x)
+        terms["gan"] = differentiate(fooled, x)
     losses = {name: term.loss for name, term in terms.items()}
     nothing = x.new_zeros(0)
     return GeneratorStep(
@@ -153,34 +94,6 @@ def generator_step(
         output_norms={name: term.mean_norm for name, term in terms.items()},
         non_finite=sum(term.non_finite for term in terms.values()),
     )
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Real pictures for the GAN, and the noise both sides are judged at (DMD2 §4.3).
-
-    `x` (B,C,h,w) with `cond`; ε and u ∈ [0, 1) for them (`eps`, `u`) and for the student's samples
-    (`eps_x`, `u_x`); `eps_r1` the direction of the R1 difference (None: no R1).
-    """
-
-    x: torch.Tensor
-    cond: Condition
-    eps: torch.Tensor
-    u: torch.Tensor
-    eps_x: torch.Tensor
-    u_x: torch.Tensor
-    eps_r1: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class FakeStep:
-    """Per-sample losses of the fake score at its times `t` (B,) or (B+P,), and of the
-    discriminator and its R1 penalty, (B,) or empty."""
-
-    loss_score: torch.Tensor
-    loss_gan: torch.Tensor
-    loss_r1: torch.Tensor
-    t: torch.Tensor
 
 
 def fake_score_step(
@@ -268,33 +181,3 @@ def _matching_gradient(
         x, real(x_t, t, cond), fake(x_t, t, cond),
         weighting=settings.dm_weighting, alpha_t=alpha_t, sigma_t=sigma_t,
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Term:
-    """A loss attached to G's graph, and its gradient at x as it was before `_finite`."""
-
-    loss: torch.Tensor
-    gradient: torch.Tensor
-
-    @property
-    def mean_norm(self) -> float:
-        return float(_finite(self.gradient).flatten(1).norm(dim=1).mean())
-
-    @property
-    def non_finite(self) -> int:
-        return int((~self.gradient.isfinite()).sum())
-
-
-def _term(loss: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> _Term:
-    """`loss` (B,) differentiated at x, which frees its graph before G's own backward pass; then
-    attached to x: the same value, the same gradient."""
-    leaf = x.detach().requires_grad_()
-    value = loss(leaf)
-    (g,) = torch.autograd.grad(value.sum(), leaf)
-    attached = value.detach() + ((x - x.detach()) * _finite(g)).flatten(1).sum(dim=1)
-    return _Term(attached, g)
-
-
-def _finite(g: torch.Tensor) -> torch.Tensor:
-    return g.nan_to_num(0.0, 0.0, 0.0)

@@ -1,4 +1,4 @@
-"""A recipe that contradicts itself, its teacher or its pairs is refused before any worker starts."""
+"""A recipe that contradicts itself, its teacher or its pairs is refused before work starts."""
 
 import json
 import shutil
