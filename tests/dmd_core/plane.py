@@ -17,16 +17,9 @@ from dmd_core.condition import Condition
 from dmd_core.denoiser import NetworkDenoiser
 from dmd_core.fake_score import FakeScore, FakeScoreNetwork
 from dmd_core.schedule import Schedule
+from dmd_core.step_types import LossSettings, PairedPart, Pictures, StepNoise
 from dmd_core.student import Student
-from dmd_core.train_step import (
-    LossSettings,
-    PairedPart,
-    Pictures,
-    StepNoise,
-    draw_times,
-    fake_score_step,
-    generator_step,
-)
+from dmd_core.train_step import draw_times, fake_score_step, generator_step
 from tests.dmd_core.mixture import MixtureDenoiser, exact_samples, ode_endpoints
 
 # σ on EDM's grid, as in the paper's ablations (CIFAR-10, ImageNet-64); the ring's σ_data.
@@ -180,53 +173,74 @@ def ode_pairs(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def distil(variant: Variant, budget: Budget, seeds: tuple[int, ...]) -> Student:
     """Algorithm 1 of DMD (or DMD2's) on the mixture, one student per seed."""
-    settings, rows, steps = variant.settings, budget.rows, len(variant.timesteps)
     draws = Draws(seeds)
-    networks = Networks(budget.width, draws.generators)
-    fake_networks = Networks(budget.width, draws.generators)
+    networks, fake_networks = (Networks(budget.width, draws.generators) for _ in range(2))
     for initialised in (networks, fake_networks):
         initialised.load_state_dict(pretrained(budget, seeds))
     student = Student(NetworkDenoiser(networks, SCHEDULE), variant.timesteps)
     heads = Heads(budget.width, draws.generators)
-    fake_module = FakeScoreNetwork(fake_networks, fake_networks.middle, heads)
-    fake = FakeScore(fake_module, SCHEDULE)
-    optimizer, fake_optimizer = (_optimizer(m) for m in (networks, fake_module))
+    judging = FakeScoreNetwork(fake_networks, fake_networks.middle, heads)
+    fake = FakeScore(judging, SCHEDULE)
+    optimizer, fake_optimizer = _optimizer(networks), _optimizer(judging)
     which_step = torch.Generator().manual_seed(0)
 
     for update in range(budget.updates):
         for each in (optimizer, fake_optimizer):
             _set_rate(each, budget.learning_rate * (1 - update / budget.updates))
-        step = int(torch.randint(steps, (), generator=which_step))
-        noise = draws.step_noise(rows, steps)
-        paired = None
-        if settings.reg > 0:
-            index = draws.index(rows, variant.pairs)
-            eps, y = ode_pairs(variant.pairs)
-            paired = PairedPart(eps[index], y[index], COND)
-        result = generator_step(
-            student, REAL, fake, noise, COND, paired, settings,
-            step=step, discriminator=fake.judge,
-        )  # fmt: skip
-        losses = (
-            (settings.dm, result.loss_dm),
-            (settings.reg, result.loss_reg),
-            (settings.gan, result.loss_gan),
-        )
-        _descend(optimizer, sum(w * loss for w, loss in losses if len(loss)), len(seeds))
-        x = result.x
         for fake_update in range(variant.fake_updates):
-            if fake_update > 0:  # fresh samples for each
-                noise = draws.step_noise(rows, steps)
-                step = int(torch.randint(steps, (), generator=which_step))
+            step = int(torch.randint(len(variant.timesteps), (), generator=which_step))
+            noise = draws.step_noise(budget.rows, len(variant.timesteps))
+            if fake_update == 0:
+                losses, x = _student_losses(variant, budget, student, fake, noise, draws, step)
+                _descend(optimizer, losses, len(seeds))
+            else:
                 with torch.no_grad():
                     x = student.predict(student.rollout(noise.z, COND, step), step, COND)
-            pictures = draws.pictures(rows) if settings.gan > 0 else None
-            fitted = fake_score_step(fake, x, noise, COND, settings, pictures=pictures)
-            loss = fitted.loss_score
-            if pictures is not None:
-                loss = loss + variant.gan_fake * fitted.loss_gan
-            _descend(fake_optimizer, loss, len(seeds))
+            losses = _fake_losses(variant, budget, fake, x, noise, draws)
+            _descend(fake_optimizer, losses, len(seeds))
     return student
+
+
+def _student_losses(
+    variant: Variant,
+    budget: Budget,
+    student: Student,
+    fake: FakeScore,
+    noise: StepNoise,
+    draws: Draws,
+    step: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weighted losses (S·b,), and the student's samples (S·b,2,1,1)."""
+    settings, paired = variant.settings, None
+    if settings.reg > 0:
+        index = draws.index(budget.rows, variant.pairs)
+        eps, y = ode_pairs(variant.pairs)
+        paired = PairedPart(eps[index], y[index], COND)
+    result = generator_step(
+        student, REAL, fake, noise, COND, paired, settings, step=step, discriminator=fake.judge
+    )
+    losses = (
+        (settings.dm, result.loss_dm),
+        (settings.reg, result.loss_reg),
+        (settings.gan, result.loss_gan),
+    )
+    return torch.stack([w * loss for w, loss in losses if len(loss)]).sum(dim=0), result.x
+
+
+def _fake_losses(
+    variant: Variant,
+    budget: Budget,
+    fake: FakeScore,
+    x: torch.Tensor,
+    noise: StepNoise,
+    draws: Draws,
+) -> torch.Tensor:
+    """(S·b,)"""
+    pictures = draws.pictures(budget.rows) if variant.settings.gan > 0 else None
+    fitted = fake_score_step(fake, x, noise, COND, variant.settings, pictures=pictures)
+    if pictures is None:
+        return fitted.loss_score
+    return fitted.loss_score + variant.gan_fake * fitted.loss_gan
 
 
 def student_samples(student: Student, count: int, seeds: tuple[int, ...]) -> torch.Tensor:

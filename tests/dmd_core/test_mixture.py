@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from benchmarks.ablation_2d import BUDGET, COVERED, VARIANTS
 from dmd_core.condition import Condition
 from dmd_core.schedule import Schedule
-from dmd_core.train_step import LossSettings
+from dmd_core.step_types import LossSettings
 from tests.dmd_core.mixture import (
     MODES,
     STD,
@@ -79,11 +79,13 @@ def test_a_missing_mode_and_a_stray_are_seen_by_the_metric():
 
 
 def test_dmd_recovers_all_modes_from_sixteen_pairs():
-    budget = Budget(pretraining=400, updates=500)
+    budget = Budget(pretraining=400, updates=1000)
     for quality in _qualities(Variant(LossSettings(), pairs=16), budget):
-        # Regression alone on these pairs leaves half of the samples astray.
-        assert quality.strays < 0.3, quality
-        assert 0.03 < min(quality.shares) and max(quality.shares) < 0.25, quality
+        # Seen: strays 0.12-0.16, shares 0.05-0.17, distance 0.04-0.07. Regression alone on these
+        # pairs, as when the fake score is never updated: distance 0.15 and more.
+        assert quality.strays < 0.25, quality
+        assert 0.03 < min(quality.shares) and max(quality.shares) < 0.22, quality
+        assert quality.distance < 0.11, quality
 
 
 @pytest.mark.slow
