@@ -6,11 +6,15 @@ Unknown keys, wrong types and impossible values are errors that name the key.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
+# YAML reads a bare `no` as false.
+MixedPrecision = Annotated[
+    Literal["no", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)
+]
 
 Solver = Literal[
     "ddim", "pndm", "dpmsolver++", "unipc", "heun", "euler", "flow_euler", "edm_euler",
@@ -146,7 +150,7 @@ class TeacherTrainSection(Section):
     lr_warmup_steps: NotNegative = 200
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
-    mixed_precision: Literal["no", "bf16"] = "bf16"
+    mixed_precision: MixedPrecision = "bf16"
     max_grad_norm: Rate = 1.0
     checkpointing_steps: Positive = 500
     logging_steps: Positive = 50

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipelines.config import NotNegative, Positive, Rate, Section
+from pipelines.config import MixedPrecision, NotNegative, Positive, Rate, Section
 
 RegressionLoss = Literal["l1", "l2", "huber", "lpips", "st-lpips"]
 DmWeighting = Literal["normalised", "sigma_over_alpha", "sigma3_over_alpha"]
@@ -182,7 +182,7 @@ class TrainSection(StageKeys):
     ema_halflife_samples: Rate | None = Field(
         default=None, description="of the student's moving average; empty: none, as in the paper"
     )
-    mixed_precision: Literal["no", "bf16"] = "no"
+    mixed_precision: MixedPrecision = "no"
     fake_loss_weight: ScoreWeight = Field(
         default="teacher", description="over t; teacher: the loss the teacher was trained with"
     )

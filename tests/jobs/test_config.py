@@ -20,6 +20,12 @@ def test_every_shipped_recipe_is_valid(name):
     load_recipe(name, [])
 
 
+def test_a_bare_no_means_no(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("train: {mixed_precision: no}")
+    assert load_recipe(str(recipe), []).train.mixed_precision == "no"
+
+
 def test_a_misspelt_key_names_its_nearest(tmp_path):
     message = _error(tmp_path, "train:\n  learning_rat: 1e-5\n")
     assert "train.learning_rat" in message and "did you mean train.learning_rate?" in message
