@@ -50,17 +50,19 @@ class Tally:
             self.add(name, total, count)
 
     def means(self) -> dict[str, float]:
-        return {name: total / count for name, (total, count) in self.sums.items() if count}
+        """Every mean, and the ratio of the two losses' gradients at the output."""
+        means = {name: total / count for name, (total, count) in self.sums.items() if count}
+        if means.get("grad_at_x_dm", 0.0) > 0 and "grad_at_x_reg" in means:
+            means["grad_ratio_reg_dm"] = means["grad_at_x_reg"] / means["grad_at_x_dm"]
+        return means
 
 
 def sample_health(result: GeneratorStep, tally: Tally) -> None:
-    """Mean and spread of the generated samples, gradients at the output, non-finite entries."""
+    """Mean and spread of the generated samples, each loss's gradient norm at the output, entries
+    that were not finite; all per sample."""
     x = result.x
     tally.add("sample_mean", float(x.mean(dim=(1, 2, 3)).sum()), len(x))
     tally.add("sample_std", float(x.flatten(1).std(dim=1).sum()), len(x))
-    for name, norm in result.output_norms.items():
-        tally.add(f"grad_at_x_{name}", norm, 1.0)
-    if {"dm", "reg"} <= result.output_norms.keys() and result.output_norms["dm"] > 0:
-        ratio = result.output_norms["reg"] / result.output_norms["dm"]
-        tally.add("grad_ratio_reg_dm", ratio, 1.0)
-    tally.add("nonfinite_entries", float(result.non_finite), 1.0)
+    for name, norms in result.output_norms.items():
+        tally.add_mean(f"grad_at_x_{name}", norms)
+    tally.add("nonfinite_entries", float(result.non_finite), len(x))

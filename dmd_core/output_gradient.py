@@ -18,8 +18,9 @@ class Term:
     gradient: torch.Tensor
 
     @property
-    def mean_norm(self) -> float:
-        return float(finite(self.gradient).flatten(1).norm(dim=1).mean())
+    def norms(self) -> torch.Tensor:
+        """‖∂loss/∂x‖ of each sample: (B,)."""
+        return finite(self.gradient).flatten(1).norm(dim=1)
 
     @property
     def non_finite(self) -> int:

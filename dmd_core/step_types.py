@@ -63,7 +63,7 @@ class GeneratorStep:
     `loss_reg` (P,), `loss_gan` (B,); empty where a loss is off.
 
     `x` is the student's output, detached, with its `cond`: what the fake score trains on.
-    `output_norms`: mean norm of each loss's gradient at x, per sample, before weighting.
+    `output_norms`: norm of each loss's gradient at x, one per sample, before weighting.
     `non_finite`: entries of those gradients that were NaN or infinite and count as zero.
     """
 
@@ -72,7 +72,7 @@ class GeneratorStep:
     loss_gan: torch.Tensor
     x: torch.Tensor
     cond: Condition
-    output_norms: dict[str, float]
+    output_norms: dict[str, torch.Tensor]
     non_finite: int
 
 

@@ -91,7 +91,7 @@ def generator_step(
         loss_gan=losses.get("gan", nothing),
         x=x_dm.detach(),
         cond=cond_dm,
-        output_norms={name: term.mean_norm for name, term in terms.items()},
+        output_norms={name: term.norms for name, term in terms.items()},
         non_finite=sum(term.non_finite for term in terms.values()),
     )
 

@@ -96,7 +96,7 @@ def test_distribution_matching_term_is_the_gradient_through_x(family):
     )
     torch.testing.assert_close(result.loss_dm, 0.5 * g.square().mean((1, 2, 3)), rtol=1e-4, atol=0)
     norm = (g / g[0].numel()).flatten(1).norm(dim=1).mean()
-    assert result.output_norms == {"dm": pytest.approx(float(norm), rel=1e-4)}
+    assert float(result.output_norms["dm"].mean()) == pytest.approx(float(norm), rel=1e-4)
     assert torch.equal(result.x, x.detach()) and result.cond is COND and result.non_finite == 0
 
 
@@ -267,7 +267,7 @@ def test_entries_of_the_matching_gradient_that_are_not_finite_count_as_zero(valu
     # By entry: the surrogate's value at a sample is ½ mean g².
     torch.testing.assert_close(found.loss_dm[1], whole.loss_dm[1])
     assert found.loss_dm[0] < whole.loss_dm[0] and found.loss_dm[2] < whole.loss_dm[2]
-    assert 0 < found.output_norms["dm"] < whole.output_norms["dm"]
+    assert 0 < found.output_norms["dm"].mean() < whole.output_norms["dm"].mean()
 
 
 def test_a_teacher_that_is_not_finite_silences_its_sample_alone():
@@ -297,4 +297,4 @@ def test_entries_of_the_other_gradients_that_are_not_finite_count_as_zero():
     expected = gradients((x * y.nan_to_num(0.0, 0.0, 0.0)).sum(), setup.g)
     _assert_same(gradients(found.loss_reg.sum(), setup.g), expected)
     norm = y.nan_to_num(0.0, 0.0, 0.0).flatten(1).norm(dim=1).mean()
-    assert found.output_norms["reg"] == pytest.approx(float(norm))
+    assert float(found.output_norms["reg"].mean()) == pytest.approx(float(norm))

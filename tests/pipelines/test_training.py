@@ -22,6 +22,7 @@ from pipelines.storage import Store, open_store
 from pipelines.train_config import TrainSection
 from pipelines.training import CHECKPOINTS, train_loop
 from pipelines.workers import run_worker_group
+from tests.pipelines.dmd_runs import write_pictures
 from tests.pipelines.made_pairs import land_ids
 
 ROWS = 24
@@ -48,14 +49,18 @@ def pairs(tmp_path_factory, tiny_teacher_dir) -> tuple[Store, Manifest]:
 def train(pairs, tiny_teacher_dir, tmp_path, ray_cluster):
     root, manifest = pairs
 
-    def run(name: str, *, steps: int, workers: int = 1, digest: str | None = None) -> Store:
+    def run(
+        name: str, *, steps: int, workers: int = 1, digest: str | None = None, **changes
+    ) -> Store:
         store = open_store(str(tmp_path / name))
-        section = TrainSection(
-            num_workers=workers, threads_per_worker=1, max_train_steps=steps, max_failures=0,
-            train_batch_size=5, regression_batch_size=3, learning_rate=1e-3, lr_warmup_steps=3,
-            checkpointing_steps=2, checkpoints_total_limit=10, validation_steps=3,
-            num_validation_images=4, logging_steps=1,
-        )  # fmt: skip
+        settings = {
+            "num_workers": workers, "threads_per_worker": 1, "max_train_steps": steps,
+            "max_failures": 0, "train_batch_size": 5, "regression_batch_size": 3,
+            "learning_rate": 1e-3, "lr_warmup_steps": 3, "checkpointing_steps": 2,
+            "checkpoints_total_limit": 10, "validation_steps": 3, "num_validation_images": 4,
+            "logging_steps": 1,
+        }  # fmt: skip
+        section = TrainSection.model_validate(settings | changes)
         config = {
             "train": section.model_dump(), "pairs": PAIRS.model_dump(), "seed": 7,
             "storage": StorageSection().model_dump(), "dir": store.url, "root": root.url,
@@ -113,6 +118,27 @@ def test_an_interrupted_run_equals_an_undisturbed_one_and_two_workers_equal_one(
     two = [{key: line[key] for key in keys} for line in _losses(train("two", steps=6, workers=2))]
     for ours, theirs in zip(two, one, strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-6)
+
+
+def test_two_workers_equal_one_for_dmd2_with_gan_and_stages(train, tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", [f"prompt {index}" for index in range(4)])
+    stages = [
+        {"steps": 1, "lambda_reg": 1.0, "pairs_in_dm": True},
+        {"steps": 2, "lambda_reg": 0.0, "gan_weight": 5e-3, "r1_weight": 0.1, "fake_updates": 2},
+    ]
+    changes = {
+        "max_train_steps": None, "stages": stages, "real_pictures": pictures,
+        "student_timesteps": (999, 499), "ema_halflife_samples": 10.0,
+    }  # fmt: skip
+    one = _losses(train("gan_one", steps=0, **changes))
+    two = _losses(train("gan_two", steps=0, workers=2, **changes))
+    assert [line["stage"] for line in one] == [0, 1, 1]
+    assert {"loss_gan", "loss_r1", "loss_discriminator"} <= one[1].keys()
+    timing = {"samples_per_second"}
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - timing:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
 
 
 def test_a_run_refuses_other_pairs_than_those_it_pinned(train):
