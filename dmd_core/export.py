@@ -19,6 +19,7 @@ from torch import nn
 
 from dmd_core.checkpoint import Tensors
 from dmd_core.lora import LoraSettings, add_lora, fuse_lora, lora_config, lora_state
+from dmd_core.ode import noise_settings
 from dmd_core.schedule import Schedule
 from dmd_core.teacher import Teacher
 
@@ -60,13 +61,14 @@ def _one_step(config: dict, timestep: int) -> DDIMScheduler:
         "thresholding": False,
     }
     if timestep != config["num_train_timesteps"] - 1:
-        betas = DDIMScheduler.from_config(dict(config)).betas[: timestep + 1]
+        whole = DDIMScheduler.from_config(dict(config), **noise_settings(config))
+        betas = whole.betas[: timestep + 1]
         settings |= {
             "trained_betas": [float(beta) for beta in betas],
             "num_train_timesteps": timestep + 1,
             "rescale_betas_zero_snr": False,  # those betas are rescaled already
         }
-    scheduler = DDIMScheduler.from_config(dict(config), **settings)
+    scheduler = DDIMScheduler.from_config(dict(config), **(noise_settings(config) | settings))
     assert isinstance(scheduler, DDIMScheduler)
     return scheduler
 
@@ -80,7 +82,11 @@ def _few_steps(config: dict, timesteps: tuple[int, ...]) -> LCMScheduler:
     grids = [n for n in range(total, 0, -1) if total % n == 0 and n >= len(timesteps)]
     for grid in grids:
         scheduler = LCMScheduler.from_config(
-            dict(config), original_inference_steps=grid, clip_sample=False, thresholding=False
+            dict(config),
+            **noise_settings(config),
+            original_inference_steps=grid,
+            clip_sample=False,
+            thresholding=False,
         )
         assert isinstance(scheduler, LCMScheduler)
         scheduler.set_timesteps(len(timesteps))
@@ -171,7 +177,19 @@ def check_exportable(schedule: Schedule, config: dict, timesteps: tuple[int, ...
         )
     if schedule.prediction_type == "epsilon" and float(schedule.alphas[max(times)]) < 1e-3:
         raise ValueError(f"at time {max(times)} α is 0, where ε says nothing about x₀")
-    student_scheduler(config, times)
+    scheduler = student_scheduler(config, times)
+    exported = Schedule.from_scheduler(scheduler) if hasattr(scheduler, "alphas_cumprod") else None
+    index = torch.tensor(times)
+    if (
+        exported is None
+        or exported.prediction_type != schedule.prediction_type
+        or not torch.allclose(exported.alphas[index], schedule.alphas[index], rtol=1e-4)
+    ):
+        raise ValueError(
+            f"a {schedule.prediction_type} student of this noise schedule cannot be exported: "
+            f"{type(scheduler).__name__} does not carry the schedule; expected a "
+            "variance-preserving teacher (Stable Diffusion 1.x or 2.x)"
+        )
 
 
 def _model_card(card: dict, steps: int, lora: bool) -> str:

@@ -43,7 +43,9 @@ class DiscriminatorHead(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.layers(features.float()).mean(dim=(1, 2, 3))
+        # Out of any autocast: a difference of logits (R1) is lost in bfloat16.
+        with torch.autocast(features.device.type, enabled=False):
+            return self.layers(features.float()).mean(dim=(1, 2, 3))
 
 
 class FakeScoreNetwork(nn.Module):

@@ -3,7 +3,9 @@
 peft is an optional dependency: extra "lora".
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +13,10 @@ from torch import nn
 
 # Attention projections, as DMD2's LoRA run and most adapters for Stable Diffusion have them.
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class LoraError(ValueError):
+    """Adapters that cannot be made."""
 
 
 @dataclass(frozen=True)
@@ -22,14 +28,26 @@ class LoraSettings:
     targets: tuple[str, ...] = DEFAULT_TARGETS
 
 
+def check_lora(modules: Iterable[str], settings: LoraSettings) -> None:
+    """Fail at the door: is peft there, and does every target name a layer of `modules`?"""
+    if find_spec("peft") is None:
+        raise LoraError(
+            "train.trainable: lora needs peft; install the extra: pip install 'one-step-dmd[lora]'"
+        )
+    names = [f".{name}" for name in modules]
+    for target in settings.targets:
+        if not any(name.endswith(f".{target}") for name in names):
+            raise LoraError(
+                f"train.lora_targets has {target!r}, which names no layer of the teacher's "
+                f"network; expected names such as {', '.join(DEFAULT_TARGETS)}"
+            )
+
+
 def add_lora(unet: nn.Module, settings: LoraSettings, seed: int) -> None:
     """Freeze `unet` and add fresh adapters (B = 0: nothing changes yet), drawn from `seed`."""
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise RuntimeError(
-            "train.trainable: lora needs peft; install the extra: pip install 'one-step-dmd[lora]'"
-        ) from error
+    check_lora([name for name, _ in unet.named_modules()], settings)
+    from peft import LoraConfig
+
     unet.requires_grad_(False)
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets)

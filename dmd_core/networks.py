@@ -4,6 +4,7 @@ One `DmdNetworks` per worker; `trainer.py` trains them.
 """
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -49,9 +50,16 @@ class TrainerSettings:
 
 class DmdNetworks:
     """G and F start as the teacher. `student_trained` and `fake_trained` synchronise gradients
-    over workers; `fake_frozen` is the same F outside DDP, for use without gradients."""
+    over workers; `fake_frozen` is the same F outside DDP, for use without gradients.
+    `latent_shape` (C,h,w) of the samples, where it is not the teacher's own."""
 
-    def __init__(self, teacher: Teacher, settings: TrainerSettings, world: World) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        settings: TrainerSettings,
+        world: World,
+        latent_shape: tuple[int, ...] | None = None,
+    ) -> None:
         self.settings, self.world, self.teacher = settings, world, teacher
         schedule, compute = teacher.schedule, settings.precision.compute
         unet = teacher.pipeline.unet
@@ -63,7 +71,8 @@ class DmdNetworks:
         self.student_trained = self._student_of(self._parallel(DiffusersNetwork(self.generator)))
 
         self.fake = copy.deepcopy(unet).train().requires_grad_(True)
-        self.head = self._make_head() if settings.discriminator else None
+        shape = latent_shape or teacher.latent_shape()
+        self.head = self._make_head(min(shape[1:])) if settings.discriminator else None
         fake = FakeScoreNetwork(DiffusersNetwork(self.fake), self.fake.mid_block, self.head)
         fake.to(world.device)
         self.fake_trained = FakeScore(
@@ -147,10 +156,10 @@ class DmdNetworks:
 
     # ------------------------------------------------------------------ building
 
-    def _make_head(self) -> DiscriminatorHead:
-        config = self.fake.config
-        channels = config.block_out_channels
-        size = config.sample_size // 2 ** (len(channels) - 1)
+    def _make_head(self, side: int) -> DiscriminatorHead:
+        """For samples whose shorter side is `side`: every level but the last halves it."""
+        channels = self.fake.config.block_out_channels
+        size = math.ceil(side / 2 ** (len(channels) - 1))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stable_seed(self.settings.seed, "head"))
             return DiscriminatorHead(channels[-1], size)

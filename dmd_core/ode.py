@@ -78,6 +78,15 @@ def make_scheduler(solver: str, config: Mapping[str, Any]):
     return cls.from_config(dict(config), **settings)
 
 
+def noise_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a scheduler's `config` makes a variance-preserving noise schedule."""
+    return {
+        name: config[name]
+        for name in _NOISE_SETTINGS
+        if config.get(name) is not None and name in signature(diffusers.DDIMScheduler).parameters
+    }
+
+
 def _noise_settings(solver: str, cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
     """The teacher's noise schedule as arguments of `cls`, which must be able to take all of it."""
     accepted = signature(cls).parameters

@@ -12,7 +12,7 @@ import torch
 ISLANDS = {
     "x₀ from the network's output, α, σ": "float64 (dmd_core/schedule.py)",
     "distribution-matching gradient, losses, logits": "float32 (dmd_core/losses.py)",
-    "master weights, optimizers, moving average": "float32 (dmd_core/trainer.py)",
+    "master weights, optimizers, moving average": "float32 (dmd_core/networks.py)",
     "random numbers": "float64, rounded once (dmd_core/noise.py)",
 }
 

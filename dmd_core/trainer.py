@@ -49,21 +49,21 @@ class StageSettings:
 @dataclass(frozen=True)
 class Unpaired:
     """Conditions and fresh noise of this worker's part of one global batch; `pictures` for the
-    discriminator, in as many rows."""
+    discriminator, in as many rows; `student_step`: which of the student's steps makes x."""
 
     cond: Condition
     noise: StepNoise
     pictures: Pictures | None = None
+    student_step: int = 0
 
 
 @dataclass(frozen=True)
 class StepData:
     """One iteration: the first of `unpaired` serves the generator and the first fake update, the
-    others one more fake update each. `student_step`: which of the student's steps is trained."""
+    others one more fake update each."""
 
     unpaired: tuple[Unpaired, ...]
     paired: PairedPart | None
-    student_step: int = 0
 
 
 class DmdTrainer:
@@ -90,7 +90,7 @@ class DmdTrainer:
         first = data.unpaired[0]
         result = generator_step(
             nets.student_trained, self._real, nets.fake_frozen, first.noise, first.cond,
-            data.paired, stage.losses, step=data.student_step, distance=stage.distance,
+            data.paired, stage.losses, step=first.student_step, distance=stage.distance,
             discriminator=nets.fake_frozen.judge,
         )  # fmt: skip
         loss = self._generator_loss(result, tally)
@@ -152,8 +152,8 @@ class DmdTrainer:
         """Fresh samples of the student for one more fake update, without gradient."""
         student, noise = self.networks.student(averaged=False), part.noise
         with torch.no_grad():
-            x_t = student.rollout(noise.z, part.cond, data.student_step)
-            x = student.predict(x_t, data.student_step, part.cond)
+            x_t = student.rollout(noise.z, part.cond, part.student_step)
+            x = student.predict(x_t, part.student_step, part.cond)
             if self._stage.losses.pairs_in_dm and data.paired is not None:
                 x = torch.cat([x, student(data.paired.eps, data.paired.cond)])
         return x

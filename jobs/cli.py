@@ -11,7 +11,7 @@ from jobs.errors import Exit, JobError
 VERBS = {
     "demo": "the whole journey on the shipped teacher: pairs, train, export, evaluate, report",
     "pairs": "run the teacher over a prompt list and seal a noise-latent pair data set",
-    "train": "distil the teacher into a one-step student on the sealed pairs",
+    "train": "distil the teacher into a student of one or a few steps (DMD, DMD2)",
     "export": "write the trained student as a diffusers pipeline folder",
     "evaluate": "measure the student against its teacher on held-out prompts",
     "report": "write one self-contained report.html",

@@ -62,7 +62,7 @@ def plan(session: Session) -> dict[str, Any]:
     prompts = read_prompts(resolve_shipped(section.prompts), session.recipe.storage).prompts
     return {
         "prompts": min(len(prompts), section.max_prompts or len(prompts)),
-        "systems": 5 + len(section.few_steps),
+        "systems": 4 + session.recipe.train.needs_pairs + len(section.few_steps),
         "writes_to": f"{session.store.url}/{METRICS}",
     }
 

@@ -19,13 +19,12 @@ from pipelines.streams import open_pictures, pictures_digest
 PINNED = "pins.json"
 
 
-def run_pins(session: Session) -> Pins:
-    """The run's pins: those of its start, checked against what is there now; or fresh ones."""
+def run_pins(session: Session, *, started: bool) -> Pins:
+    """What the run reads. A run that has `started` (has a checkpoint) reads what it read then,
+    or is refused; any other reads what is newest now."""
     kept = session.read_json(PINNED)
-    if kept is None:
-        pins = _fresh(session)
-        session.write_json(PINNED, asdict(pins))
-        return pins
+    if kept is None or not started:
+        return _observe(session, _default_version(session))
     pins = Pins.from_json(kept)
     now = _observe(session, pins.default)
     for name in ("versions", "prompts_digest", "pictures_digest"):
@@ -37,24 +36,47 @@ def run_pins(session: Session) -> Pins:
                 "back, or use another run.dir",
                 Exit.REFUSED,
             )
-    return pins
+    return now  # the same content; a shipped file may lie elsewhere now
+
+
+def save_pins(session: Session, pins: Pins) -> None:
+    session.write_json(PINNED, asdict(pins))
 
 
 def pinned_manifest(session: Session) -> Manifest | None:
     """The version of the pairs that the run reads by default; None: it reads no pairs."""
-    pins = run_pins(session)
-    return None if pins.default is None else load_manifest(session.pairs_root, pins.default)
+    kept = session.read_json(PINNED)
+    if kept is None:
+        raise JobError(
+            f"{session.store.url} has no {PINNED}; run `dmd train` with this recipe first"
+        )
+    pins = Pins.from_json(kept)
+    if pins.default is None:
+        return None
+    manifest = load_manifest(session.pairs_root, pins.default)
+    if manifest.digest != pins.digest:
+        raise JobError(
+            f"{session.pairs_root.url} version {pins.default} has digest {manifest.digest[:12]}…, "
+            f"this run was trained on {pins.digest[:12]}…",
+            Exit.REFUSED,
+        )
+    return manifest
 
 
-def _fresh(session: Session) -> Pins:
-    if not session.recipe.train.needs_pairs and not _newest(session):
-        return _observe(session, None)  # DMD2 needs no pairs
-    manifest = _newest(session)
+def _default_version(session: Session) -> int | None:
+    """The version of stages that need pairs and name none: the newest one. Where every such stage
+    names its own, the first of these; None: no stage needs pairs, as in DMD2."""
+    asked = [keys.pairs_version for _, keys in session.recipe.train.plan() if keys.needs_pairs]
+    if not asked:
+        return None
+    if None not in asked:
+        return asked[0]
+    manifest = latest_manifest(session.pairs_root)
     if manifest is None:
         raise JobError(
             f"{session.pairs_root.url} has no sealed pairs; run `dmd pairs` with this recipe first"
         )
-    return _observe(session, manifest.version)
+    return manifest.version
 
 
 def _observe(session: Session, default: int | None) -> Pins:
@@ -71,10 +93,6 @@ def _observe(session: Session, default: int | None) -> Pins:
         prompts_digest=_prompts_digest(session, prompts),
         pictures_digest=_pictures_digest(session),
     )
-
-
-def _newest(session: Session) -> Manifest | None:
-    return latest_manifest(session.pairs_root)
 
 
 def _prompts_digest(session: Session, source: str) -> str:

@@ -35,7 +35,6 @@ _MAY_CHANGE = {
     "train.checkpoints_total_limit",
     "train.validation_steps",
     "train.num_validation_images",
-    "train.logging_steps",
     "train.report_to",
     "pairs.max_rejected_share",
     "pairs.actors",

@@ -4,9 +4,10 @@ from dataclasses import asdict
 from typing import Any
 
 from dmd_core.checkpoint import committed_steps, read_state
-from jobs.pins import run_pins
+from jobs.pins import PINNED, run_pins, save_pins
 from jobs.session import Session
 from pipelines.manifest import latest_manifest
+from pipelines.train_config import StageKeys, StageSection, stage_steps
 
 CHECKPOINTS = "checkpoints"
 
@@ -15,18 +16,21 @@ def run(session: Session) -> dict[str, Any]:
     """Train to the end of the last stage, from the newest checkpoint if there is one."""
     recipe = session.recipe
     session.open_run()
-    pins = run_pins(session)
-    result = {"pairs_digest": pins.digest}
-    done = _finished_step(session)
+    done, steps = _finished_step(session), _steps(session)
     if done is not None:
         session.display.done(f"train: nothing to do, step {done} is reached")
-        return {"step": done, "trained": False} | result
+        return {
+            "step": done,
+            "trained": False,
+            "pairs_digest": _state(session, done)["pairs_digest"],
+        }
+    pins = run_pins(session, started=bool(steps))
     from jobs.train_checks import check_training
     from pipelines.training import train_loop
     from pipelines.workers import run_worker_group
 
     precision = check_training(session, pins)
-    steps = _steps(session)
+    save_pins(session, pins)
     if steps:
         session.display.say(f"train: going on from step {steps[-1]}")
     session.display.say("train: networks in " + precision["networks"])
@@ -53,35 +57,48 @@ def run(session: Session) -> dict[str, Any]:
         )
     step = _steps(session)[-1]
     session.display.done(f"train: {step} steps, {session.store.url}")
-    return {"step": step, "trained": True} | result
+    return {"step": step, "trained": True, "pairs_digest": pins.digest}
 
 
 def plan(session: Session) -> dict[str, Any]:
     """What `run` would do; touches nothing."""
-    section = session.recipe.train
-    steps = _steps(session)
-    manifest = latest_manifest(session.pairs_root)
-    remaining = max(0, section.total_steps - (steps[-1] if steps else 0))
-    stages = [
-        f"{stage.name or index}: {stage.steps or f'{stage.samples} samples'}"
-        for index, (stage, _) in enumerate(section.plan())
-    ]
+    section, steps = session.recipe.train, _steps(session)
+    from_step = steps[-1] if steps else 0
+    finished = _finished_step(session) is not None
+    kept = session.read_json(PINNED) if steps else None
+    version = (
+        kept["default"] if kept else getattr(latest_manifest(session.pairs_root), "version", 0)
+    )
+    stages = {
+        f"stage {index} {stage.name}".rstrip(): _stage_in_words(stage, keys)
+        for index, (stage, keys) in enumerate(section.plan())
+    }
+    pairs = f"version {version}" if version else "none sealed yet"
     return {
-        "pairs": "none sealed yet" if manifest is None else f"version {manifest.version}",
-        "rows": 0 if manifest is None else manifest.rows,
-        "stages": "; ".join(stages),
-        "from_step": steps[-1] if steps else 0,
-        "steps_to_do": remaining,
+        "pairs": pairs if section.needs_pairs else "none needed",
+        **stages,
+        "from_step": from_step,
+        "steps_to_do": 0 if finished else max(0, section.total_steps - from_step),
         "samples": sum(stage_samples(stage, keys) for stage, keys in section.plan()),
         "workers": section.num_workers,
         "writes_to": session.store.url,
     }
 
 
-def stage_samples(stage, keys) -> int:
-    """Student samples of a whole stage, over all workers: fresh ones and those on stored noise."""
-    from pipelines.train_config import stage_steps
+def _stage_in_words(stage: StageSection, keys: StageKeys) -> str:
+    """When it ends, and what it changes."""
+    ends = f"{stage.steps} steps" if stage.steps else f"{stage.samples} samples"
+    if stage.until is not None:
+        bound = (
+            f"< {stage.until.below}" if stage.until.below is not None else f"> {stage.until.above}"
+        )
+        ends += f" or {stage.until.metric} {bound}"
+    changes = ", ".join(f"{key} {value}" for key, value in stage.changes().items())
+    return f"{ends} of {keys.train_batch_size}" + (f" ({changes})" if changes else "")
 
+
+def stage_samples(stage: StageSection, keys: StageKeys) -> int:
+    """Student samples of a whole stage, over all workers: fresh ones and those on stored noise."""
     paired = keys.regression_batch_size if keys.needs_pairs else 0
     return stage_steps(stage, keys) * (keys.train_batch_size * keys.fake_updates + paired)
 
@@ -95,10 +112,13 @@ def _finished_step(session: Session) -> int | None:
     steps = _steps(session)
     if not steps:
         return None
-    state = read_state(session.store.fs, session.store.path(CHECKPOINTS), steps[-1])
-    same_plan = state["total_steps"] == session.recipe.train.total_steps
-    reached = steps[-1] >= session.recipe.train.total_steps
-    return steps[-1] if state["finished"] and (same_plan or reached) else None
+    state, total = _state(session, steps[-1]), session.recipe.train.total_steps
+    finished = state["finished"] and state["total_steps"] == total
+    return steps[-1] if finished or steps[-1] >= total else None
+
+
+def _state(session: Session, step: int) -> dict[str, Any]:
+    return read_state(session.store.fs, session.store.path(CHECKPOINTS), step)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 
 from dmd_core.decoder import check_decoder
 from dmd_core.export import check_exportable
+from dmd_core.lora import check_lora
 from dmd_core.losses import REGRESSION_LOSSES
 from dmd_core.perceptual import load_perceptual
 from dmd_core.precision import PrecisionPolicy
@@ -18,6 +20,8 @@ from jobs.session import Session
 from pipelines.batches import PairReader
 from pipelines.manifest import load_manifest
 from pipelines.pins import Pins
+from pipelines.train_config import TrainSection
+from pipelines.train_settings import lora_settings
 
 
 def check_training(session: Session, pins: Pins) -> dict[str, str]:
@@ -41,7 +45,17 @@ def check_training(session: Session, pins: Pins) -> dict[str, str]:
             load_perceptual(keys.regression_loss, trunk=section.perceptual_trunk or None)
             check_decoder(keys.regression_decoder)
     _check_pairs(session, pins, folder)
+    _check_adapters(section, folder)
     return PrecisionPolicy.named(section.mixed_precision).describe()
+
+
+def _check_adapters(section: TrainSection, teacher: Path) -> None:
+    lora = lora_settings(section)
+    if lora is None:
+        return
+    with torch.device("meta"):  # the layers' names, without their weights
+        unet = diffusers.UNet2DConditionModel.from_config(_unet_config(teacher))
+    check_lora([name for name, _ in unet.named_modules()], lora)
 
 
 def _check_pairs(session: Session, pins: Pins, teacher: Path) -> None:
@@ -78,8 +92,12 @@ def _scheduler(teacher: Path) -> Any:
     return scheduler.from_config(config)
 
 
+def _unet_config(teacher: Path) -> dict[str, Any]:
+    return json.loads((teacher / "unet" / "config.json").read_text())
+
+
 def _latent_shape(session: Session, teacher: Path) -> tuple[int, ...]:
-    unet = json.loads((teacher / "unet" / "config.json").read_text())
+    unet = _unet_config(teacher)
     vae = json.loads((teacher / "vae" / "config.json").read_text())
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     own = unet["sample_size"] * factor

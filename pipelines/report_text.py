@@ -10,8 +10,9 @@ def system_names(metrics: dict[str, Any]) -> dict[str, str]:
     """System → what the report calls it, in the order of the table."""
     steps = metrics["provenance"]["steps"]
     few = metrics["provenance"]["few_steps"]
+    student = metrics["systems"][STUDENT]["network_evaluations"]
     return {
-        STUDENT: "Student, 1 step",
+        STUDENT: f"Student, {student} step{'s' * (student > 1)}",
         TEACHER: f"Teacher, {steps} steps",
         **{
             few_step_name(n): f"Teacher, {n} step{'s' * (n > 1)}" for n in sorted(few, reverse=True)
@@ -26,12 +27,12 @@ def headline(metrics: dict[str, Any]) -> str:
     """The verdict in one sentence."""
     timing, systems = metrics["timing"], metrics["systems"]
     seconds = timing["seconds_per_picture"]
-    ratio = timing["speed_up"]
+    ratio, evaluations = timing["speed_up"], systems[STUDENT]["network_evaluations"]
     faster = f"{_ratio(ratio)} times faster" if ratio >= 1 else f"{_ratio(1 / ratio)} times slower"
     return (
         f"The student makes a picture in {_seconds(seconds[STUDENT]['median'])}, the teacher in "
         f"{_seconds(seconds[TEACHER]['median'])}: {faster}, with "
-        f"{systems[STUDENT]['network_evaluations']} network evaluation instead of "
+        f"{evaluations} network evaluation{'s' * (evaluations > 1)} instead of "
         f"{systems[TEACHER]['network_evaluations']}."
     )
 

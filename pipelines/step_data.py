@@ -77,19 +77,17 @@ class StepSource:
         self._prompts, self._pictures = prompts, pictures
 
     def draw(self, progress: Progress, keys: StageKeys, pairs: PairReader | None) -> StepData:
-        student_step = stable_seed(self._seed, "student step", progress.step) % self._timesteps
         paired, pair_samples = self._paired(progress, keys, pairs)
         also = pair_samples if keys.pairs_in_dm else []
         unpaired = tuple(
-            self._unpaired(progress, keys, update, student_step, also)
-            for update in range(keys.fake_updates)
+            self._unpaired(progress, keys, update, also) for update in range(keys.fake_updates)
         )
-        return StepData(unpaired, paired, student_step)
+        return StepData(unpaired, paired)
 
-    def _unpaired(
-        self, at: Progress, keys: StageKeys, update: int, student_step: int, also: list[int]
-    ) -> Unpaired:
-        size = keys.train_batch_size
+    def _unpaired(self, at: Progress, keys: StageKeys, update: int, also: list[int]) -> Unpaired:
+        # One step for all workers, another for every update: the fake score sees all of them.
+        drawn = stable_seed(self._seed, "student step", at.step, update)
+        student_step, size = drawn % self._timesteps, keys.train_batch_size
         position = at.prompts + update * size
         batch = self._prompts.batch_from(position, size, self._rank, self._world)
         prompts = batch if isinstance(batch, tuple) else batch.prompts
@@ -108,7 +106,7 @@ class StepSource:
             u_gan=self._u("u_gan", judged),
         )
         cond = self._teacher.encode_prompts(prompts)
-        return Unpaired(cond, noise, self._real(at, keys, update, samples))
+        return Unpaired(cond, noise, self._real(at, keys, update, samples), student_step)
 
     def _real(
         self, at: Progress, keys: StageKeys, update: int, samples: list[int]

@@ -64,8 +64,9 @@ class StageKeys(Section):
     )
     r1_weight: float = Field(default=0.0, ge=0, description="gradient penalty on real pictures")
 
-    @model_validator(mode="after")
-    def _consistent(self) -> "StageKeys":
+    def check(self) -> None:
+        """Raises ValueError for settings that contradict each other. Not asked of the `train`
+        section itself, whose values a stage may complete, but of every stage."""
         if self.t_min_fraction >= self.t_max_fraction:
             raise ValueError(
                 f"t_min_fraction ({self.t_min_fraction}) must be below "
@@ -81,7 +82,6 @@ class StageKeys(Section):
             )
         if self.r1_weight > 0 and self.gan_weight == 0:
             raise ValueError("r1_weight > 0 needs gan_weight > 0: there is no discriminator")
-        return self
 
     @property
     def needs_pairs(self) -> bool:
@@ -228,6 +228,14 @@ class TrainSection(StageKeys):
             if keys.gan_weight > 0 and not self.real_pictures:
                 raise ValueError(f"{where}: gan_weight > 0 needs train.real_pictures")
             metric = stage.until.metric if stage.until else ""
+            if stage.until and self.checkpointing_steps % self.logging_steps:
+                raise ValueError(
+                    f"{where}: until needs checkpointing_steps ({self.checkpointing_steps}) to be "
+                    f"a multiple of logging_steps ({self.logging_steps}), so that a resumed run "
+                    "averages the metric over the same steps"
+                )
+            if metric == "loss_dm" and keys.dm_weight == 0:
+                raise ValueError(f"{where}: until loss_dm needs dm_weight > 0")
             if metric in ("loss_gan", "loss_discriminator") and keys.gan_weight == 0:
                 raise ValueError(f"{where}: until {metric} needs gan_weight > 0")
             if metric == "loss_reg" and keys.lambda_reg == 0:
@@ -235,18 +243,17 @@ class TrainSection(StageKeys):
         return self
 
     def plan(self) -> list[tuple[StageSection, StageKeys]]:
-        """Every stage with its complete settings; a stage's error names it."""
+        """Every stage with its complete settings, checked; an error names the stage."""
         base = {key: getattr(self, key) for key in StageKeys.model_fields}
-        if not self.stages:
-            only = StageSection(name="train", steps=self.max_train_steps or 1000)
-            return [(only, StageKeys.model_validate(base))]
+        only = StageSection(name="train", steps=self.max_train_steps or 1000)
         plan = []
-        for index, stage in enumerate(self.stages):
+        for index, stage in enumerate(self.stages or (only,)):
+            keys = StageKeys.model_validate(base | stage.changes())
             try:
-                keys = StageKeys.model_validate(base | stage.changes())
+                keys.check()
             except ValueError as error:
-                reason = str(error).split("Value error, ")[-1].split(" [type=")[0]
-                raise ValueError(f"stages.{index} ({stage.name or 'unnamed'}): {reason}") from None
+                name = f"stages.{index} ({stage.name or 'unnamed'}): " if self.stages else ""
+                raise ValueError(f"{name}{error}") from None
             plan.append((stage, keys))
         return plan
 

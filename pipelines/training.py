@@ -73,6 +73,7 @@ class _DmdRun:
             self.teacher,
             trainer_settings(self.section, self.seed),
             World(self.rank, world, device),
+            self._shape(),
         )
         uncond = self.teacher.encode_prompts([self.pairs_section.negative_prompt])
         self.trainer = DmdTrainer(self.networks, uncond)
@@ -88,7 +89,7 @@ class _DmdRun:
         )
         self.plan = self.section.plan()
         self.lr_factor = lr_factor(self.section)
-        self.progress = Progress()
+        self.progress, self.finished = Progress(), False
         self._restore()
 
     # ------------------------------------------------------------------ what it reads
@@ -107,7 +108,7 @@ class _DmdRun:
 
     def _reader(self, keys: StageKeys) -> PairReader | None:
         version = keys.pairs_version or self.pins.default
-        return None if version is None else self.readers[version]
+        return self.readers[version] if keys.needs_pairs and version else None
 
     def _open_prompts(self) -> PromptStream | PairReader:
         seed = stable_seed(self.seed, "prompts")
@@ -129,8 +130,11 @@ class _DmdRun:
     def _shape(self) -> tuple[int, ...]:
         return self.teacher.latent_shape(self.pairs_section.height, self.pairs_section.width)
 
-    def _distance(self, keys: StageKeys) -> Distance:
-        """The regression loss of a stage: on latents, or on what they decode to."""
+    def _distance(self, keys: StageKeys) -> Distance | None:
+        """The regression loss of a stage: on latents, or on what they decode to. None: it has
+        none."""
+        if not keys.needs_pairs:
+            return None
         if keys.regression_loss in REGRESSION_LOSSES:
             return regression_distance(keys.regression_loss)
         trunk = self.section.perceptual_trunk or None
@@ -150,13 +154,13 @@ class _DmdRun:
         self.flush_throttle = Throttle(10.0)
         if self.progress.step == 0:
             self._validate()
-        while not self._run_stage():
-            self.progress = self.progress.next_stage()
+        while not self.finished:
+            self._run_stage()
         ray.train.report({"step": self.progress.step})
 
-    def _run_stage(self) -> bool:
-        """To the end of the current stage; its last step is logged, sampled and saved. True: it
-        was the last one."""
+    def _run_stage(self) -> None:
+        """To the end of the current stage; its last step is logged, sampled and saved. What is
+        saved there stands at the start of the next stage: how a stage ended is not asked again."""
         section, last = self.section, self.progress.stage == len(self.plan) - 1
         stage, keys = self.plan[self.progress.stage]
         self.trainer.enter_stage(stage_settings(section, keys, self._distance(keys)))
@@ -180,11 +184,14 @@ class _DmdRun:
                 self._log(metrics)
                 window, window_steps, started = Tally(), 0, time.monotonic()
                 over = self.progress.stage_is_over(stage, keys, metrics)
+            self.finished = over and last
+            if over and not last:
+                self.progress = self.progress.next_stage()
             if step % section.validation_steps == 0 or over:
                 self._validate()
             if step % section.checkpointing_steps == 0 or over:
-                self._save(finished=over and last)
-        return last
+                self._save()
+        self.finished = last  # also where there was nothing left to do
 
     def _log(self, metrics: dict[str, float]) -> None:
         names = {"stage": self.progress.stage} if self.section.stages else {}
@@ -212,7 +219,7 @@ class _DmdRun:
 
     # ------------------------------------------------------------------ state
 
-    def _save(self, *, finished: bool) -> None:
+    def _save(self) -> None:
         if self.rank != 0:
             return
         self.log.flush()
@@ -220,7 +227,7 @@ class _DmdRun:
             "pairs_digest": self.pins.digest,
             "teacher_revision": self.teacher.revision,
             "progress": asdict(self.progress),
-            "finished": finished,
+            "finished": self.finished,
             "total_steps": self.section.total_steps,
             "nonfinite_updates": self.trainer.nonfinite_updates,
         }
@@ -245,6 +252,8 @@ class _DmdRun:
         self.networks.load(found.parts)
         self.trainer.nonfinite_updates = found.state["nonfinite_updates"]
         self.progress = Progress(**found.state["progress"])
+        same_plan = found.state["total_steps"] == self.section.total_steps
+        self.finished = found.state["finished"] and same_plan
 
     # ------------------------------------------------------------------ pictures to look at
 

@@ -53,6 +53,20 @@ def train(tiny_teacher_dir, tmp_path, capsys, pairs, monkeypatch):  # noqa: F811
         ({"train__stages": "[{steps: 3, until: {metric: loss_gan, below: 1}}]"}, "loss_gan"),
         ({"train__stages": "[{steps: 3, until: {metric: loss_dm}}]"}, "below and above"),
         ({"train__stages": "[{steps: 3, t_max_fraction: 0.01}]"}, "stages.0"),
+        (
+            {
+                "train__dm_weight": 0,
+                "train__stages": "[{steps: 3, until: {metric: loss_dm, below: 1}}]",
+            },
+            "loss_dm",
+        ),
+        (
+            {
+                "train__logging_steps": 3,
+                "train__stages": "[{steps: 3, until: {metric: loss_reg, below: 1}}]",
+            },
+            "multiple of logging_steps",
+        ),
     ],
 )
 def test_contradictions_in_the_recipe(train, settings, expected):
@@ -70,6 +84,7 @@ def test_contradictions_in_the_recipe(train, settings, expected):
         ({"train__regression_loss": "lpips"}, Exit.REFUSED, "torchvision's VGG-16"),
         ({"train__pairs_version": 7}, Exit.REFUSED, "7"),
         ({"pairs__height": 32}, Exit.REFUSED, "pairs.height 32"),
+        ({"train__trainable": "lora", "train__lora_targets": "[to_x]"}, Exit.REFUSED, "to_x"),
         ({"train__lambda_reg": 0, "train__gan_weight": 1, "train__real_pictures": "/nowhere"},
          Exit.REFUSED, "/nowhere"),
     ],
@@ -86,6 +101,27 @@ def test_pairs_of_another_teacher(train, tiny_teacher_dir):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"beta_start": 0.001}))
     code, message = train(teacher__path=other)
     assert code == Exit.REFUSED and "its own teacher's pairs" in message
+
+
+def test_a_teacher_whose_student_no_scheduler_carries(train, tiny_teacher_dir):
+    flow = train.folder / "flow"
+    shutil.copytree(tiny_teacher_dir, flow)
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+    (flow / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    code, message = train(teacher__path=flow)
+    assert code == Exit.USAGE and "flow_prediction" in message
+
+
+def test_a_recipe_that_was_refused_binds_nothing(train):
+    settings = {"train__lambda_reg": 0, "train__student_timesteps": "[1200]"}
+    code, _ = train(**settings)
+    assert code == Exit.USAGE and not (train.folder / "run" / "pins.json").exists()
+
+
+def test_stages_complete_the_base_s_settings(train):
+    stages = "[{steps: 2, regression_batch_size: 4}]"
+    with pytest.raises(AssertionError, match="not refused"):
+        train(train__regression_batch_size=0, train__stages=stages, train__max_train_steps="null")
 
 
 def test_an_epsilon_teacher_whose_last_time_holds_no_signal(train, tiny_teacher_dir):
@@ -105,5 +141,18 @@ def test_prompts_that_changed_since_the_run_started(train):
         train(**settings)
     with open(train.folder / "prompts.txt", "a") as file:
         file.write("\none more")
+    with pytest.raises(AssertionError, match="not refused"):  # nothing was trained yet
+        train(**settings)
+    _pretend_a_checkpoint(train.folder / "run")
+    with open(train.folder / "prompts.txt", "a") as file:
+        file.write("\nand another")
     code, message = train(**settings)
     assert code == Exit.REFUSED and "prompts digest" in message
+
+
+def _pretend_a_checkpoint(run):
+    """Of step 1 of a run that is not finished."""
+    folder = run / "checkpoints" / "checkpoint-00000001"
+    folder.mkdir(parents=True)
+    (folder / "MANIFEST.json").write_text(json.dumps({"files": {}}))
+    (folder / "state.json").write_text(json.dumps({"finished": False, "total_steps": 6}))

@@ -123,15 +123,23 @@ def test_an_interrupted_run_equals_an_undisturbed_one_and_two_workers_equal_one(
 def test_two_workers_equal_one_for_dmd2_with_gan_and_stages(train, tmp_path):
     pictures = write_pictures(tmp_path / "pictures", [f"prompt {index}" for index in range(4)])
     stages = [
-        {"steps": 1, "lambda_reg": 1.0, "pairs_in_dm": True},
+        # Ends after one step, by its metric: what resumes must not ask again.
+        {
+            "steps": 9,
+            "until": {"metric": "sample_std", "above": 0.0},
+            "lambda_reg": 1.0,
+            "pairs_in_dm": True,
+        },
         {"steps": 2, "lambda_reg": 0.0, "gan_weight": 5e-3, "r1_weight": 0.1, "fake_updates": 2},
     ]
     changes = {
         "max_train_steps": None, "stages": stages, "real_pictures": pictures,
         "student_timesteps": (999, 499), "ema_halflife_samples": 10.0,
+        "checkpointing_steps": 1,
     }  # fmt: skip
     one = _losses(train("gan_one", steps=0, **changes))
-    two = _losses(train("gan_two", steps=0, workers=2, **changes))
+    two_store = train("gan_two", steps=0, workers=2, **changes)
+    two = _losses(two_store)
     assert [line["stage"] for line in one] == [0, 1, 1]
     assert {"loss_gan", "loss_r1", "loss_discriminator"} <= one[1].keys()
     timing = {"samples_per_second"}
@@ -139,6 +147,13 @@ def test_two_workers_equal_one_for_dmd2_with_gan_and_stages(train, tmp_path):
         assert ours.keys() == theirs.keys()
         for key in ours.keys() - timing:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-5), key
+
+    # Killed right after the stage that ended by its metric: the next start is in the next stage.
+    for step in committed_steps(two_store.fs, two_store.path(CHECKPOINTS))[1:]:
+        name = f"checkpoint-{step:08d}"
+        two_store.fs.rm_file(two_store.path(CHECKPOINTS, name, "MANIFEST.json"))
+    again = _losses(train("gan_two", steps=0, workers=2, **changes))
+    assert [line["stage"] for line in again] == [0, 1, 1]
 
 
 def test_a_run_refuses_other_pairs_than_those_it_pinned(train):
