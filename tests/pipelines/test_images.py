@@ -12,7 +12,7 @@ import safetensors.numpy
 import torch
 from diffusers import DiffusionPipeline
 
-from dmd_core.export import one_step_scheduler
+from dmd_core.export import student_scheduler
 from dmd_core.features import latent_features
 from dmd_core.gallery import Gallery, save_gallery
 from dmd_core.metrics import Estimate
@@ -56,7 +56,7 @@ def student_dir(tiny_teacher_dir, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("student") / "tiny"
     shutil.copytree(tiny_teacher_dir, folder)
     config = load_plainly(tiny_teacher_dir, "cpu").scheduler.config
-    one_step_scheduler(config).save_pretrained(folder / "scheduler")
+    student_scheduler(config, (999,)).save_pretrained(folder / "scheduler")
     index = json.loads((folder / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
     (folder / "model_index.json").write_text(json.dumps(index))
