@@ -12,7 +12,6 @@ from typing import Literal, get_args
 import torch
 from torch.nn import functional as F
 
-REGRESSION_LOSSES = ("l1", "l2", "huber")
 # (x, y) → distance per sample (B,)
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -22,6 +21,14 @@ DmWeighting = Literal["normalised", "sigma_over_alpha", "sigma3_over_alpha"]
 def _mean(values: torch.Tensor) -> torch.Tensor:
     """Mean over everything but the batch: (B,…) → (B,)."""
     return values.flatten(1).mean(dim=1)
+
+
+_DISTANCES: dict[str, Distance] = {
+    "l1": lambda x, y: _mean((x - y).abs()),
+    "l2": lambda x, y: _mean((x - y).square()),
+    "huber": lambda x, y: _mean(F.huber_loss(x, y, reduction="none", delta=0.5)),
+}
+REGRESSION_LOSSES = tuple(_DISTANCES)
 
 
 @torch.no_grad()
@@ -75,14 +82,9 @@ def fake_score_loss(x0_fake: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
 def regression_distance(kind: str) -> Distance:
     """A plain distance in the space of x and y, by name (DMD Eq. 9 uses LPIPS on decoded pixels:
     `dmd_core.perceptual`)."""
-    distances: dict[str, Distance] = {
-        "l1": lambda x, y: _mean((x - y).abs()),
-        "l2": lambda x, y: _mean((x - y).square()),
-        "huber": lambda x, y: _mean(F.huber_loss(x, y, reduction="none", delta=0.5)),
-    }
-    if kind not in distances:
-        raise ValueError(f"regression loss {kind!r}; expected one of {', '.join(distances)}")
-    return distances[kind]
+    if kind not in _DISTANCES:
+        raise ValueError(f"regression loss {kind!r}; expected one of {', '.join(_DISTANCES)}")
+    return _DISTANCES[kind]
 
 
 def gan_generator_loss(logits: torch.Tensor) -> torch.Tensor:

@@ -30,8 +30,7 @@ from dmd_core.train_step import (
 class StageSettings:
     """What a stage may change. Batches are global: the losses are means over them.
 
-    `fake_updates`: updates of the fake score per update of the generator (DMD2's two time scales).
-    `gan_fake`, `r1`: weights of the discriminator's loss and penalty in those updates.
+    `gan_fake`, `r1`: weights of the discriminator's loss and penalty in the fake score's updates.
     """
 
     losses: LossSettings
@@ -40,7 +39,6 @@ class StageSettings:
     fake_learning_rate: float
     batch_size: int
     regression_batch_size: int
-    fake_updates: int = 1
     gan_fake: float = 0.0
     r1: float = 0.0
     distance: Distance | None = None
@@ -85,7 +83,8 @@ class DmdTrainer:
         )
 
     def step(self, data: StepData, lr_factor: float = 1.0) -> Tally:
-        """One generator update, then `fake_updates` fake-score updates; what happened, as sums."""
+        """One generator update, then a fake-score update for each of `data.unpaired` (DMD2's two
+        time scales); what happened, as sums."""
         nets, stage, tally = self.networks, self._stage, Tally()
         first = data.unpaired[0]
         result = generator_step(

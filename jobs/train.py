@@ -16,14 +16,11 @@ def run(session: Session) -> dict[str, Any]:
     """Train to the end of the last stage, from the newest checkpoint if there is one."""
     recipe = session.recipe
     session.open_run()
-    done, steps = _finished_step(session), _steps(session)
+    steps = _steps(session)
+    done = _finished(session, steps)
     if done is not None:
-        session.display.done(f"train: nothing to do, step {done} is reached")
-        return {
-            "step": done,
-            "trained": False,
-            "pairs_digest": _state(session, done)["pairs_digest"],
-        }
+        session.display.done(f"train: nothing to do, step {done['step']} is reached")
+        return {"step": done["step"], "trained": False, "pairs_digest": done["pairs_digest"]}
     pins = run_pins(session, started=bool(steps))
     from jobs.train_checks import check_training
     from pipelines.training import train_loop
@@ -64,7 +61,7 @@ def plan(session: Session) -> dict[str, Any]:
     """What `run` would do; touches nothing."""
     section, steps = session.recipe.train, _steps(session)
     from_step = steps[-1] if steps else 0
-    finished = _finished_step(session) is not None
+    finished = _finished(session, steps) is not None
     kept = session.read_json(PINNED) if steps else None
     version = (
         kept["default"] if kept else getattr(latest_manifest(session.pairs_root), "version", 0)
@@ -107,18 +104,15 @@ def _steps(session: Session) -> list[int]:
     return committed_steps(session.store.fs, session.store.path(CHECKPOINTS))
 
 
-def _finished_step(session: Session) -> int | None:
-    """The last step of a run that has reached the end of its plan; None: there is work to do."""
-    steps = _steps(session)
+def _finished(session: Session, steps: list[int]) -> dict[str, Any] | None:
+    """The last checkpoint's state of a run that has reached the end of its plan; None: there is
+    work to do. `steps`: those that have a checkpoint."""
     if not steps:
         return None
-    state, total = _state(session, steps[-1]), session.recipe.train.total_steps
+    state = read_state(session.store.fs, session.store.path(CHECKPOINTS), steps[-1])
+    total = session.recipe.train.total_steps
     finished = state["finished"] and state["total_steps"] == total
-    return steps[-1] if finished or steps[-1] >= total else None
-
-
-def _state(session: Session, step: int) -> dict[str, Any]:
-    return read_state(session.store.fs, session.store.path(CHECKPOINTS), step)
+    return state if finished or steps[-1] >= total else None
 
 
 if __name__ == "__main__":

@@ -34,13 +34,7 @@ def check_training(session: Session, pins: Pins) -> dict[str, str]:
         check_exportable(schedule, dict(scheduler.config), section.student_timesteps)
     except ValueError as error:
         raise JobError(f"teacher.path, train.student_timesteps: {error}", Exit.USAGE) from error
-    for index, (_, keys) in enumerate(section.plan()):
-        where = f"train.stages.{index}" if section.stages else "train"
-        if keys.needs_pairs and keys.pairs_version is None and pins.default is None:
-            raise JobError(
-                f"{where}.lambda_reg is {keys.lambda_reg}, but {session.pairs_root.url} has no "
-                "sealed pairs; run `dmd pairs` with this recipe first"
-            )
+    for _, keys in section.plan():
         if keys.needs_pairs and keys.regression_loss not in REGRESSION_LOSSES:
             load_perceptual(keys.regression_loss, trunk=section.perceptual_trunk or None)
             check_decoder(keys.regression_decoder)

@@ -58,7 +58,6 @@ def stage_settings(
         fake_learning_rate=keys.fake_learning_rate or keys.learning_rate,
         batch_size=keys.train_batch_size,
         regression_batch_size=keys.regression_batch_size,
-        fake_updates=keys.fake_updates,
         gan_fake=keys.gan_fake_weight,
         r1=keys.r1_weight,
         distance=distance,

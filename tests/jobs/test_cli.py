@@ -8,6 +8,7 @@ import pytest
 from jobs.cli import VERBS, main
 from jobs.errors import Exit, JobError
 from jobs.pairs import check_rejects
+from tests.jobs.tiny_cli import run_tiny
 
 
 @pytest.fixture
@@ -16,16 +17,12 @@ def dmd(tiny_teacher_dir, tmp_path, capsys):
     prompts.write_text("\n".join(f"prompt {index}" for index in range(12)))
 
     def run(verb: str, **settings: object) -> tuple[int, str]:
-        merged = {
+        base = {
             "run.dir": tmp_path / "run",
             "teacher.path": tiny_teacher_dir,
             "pairs.prompts": prompts,
-        } | {key.replace("__", "."): value for key, value in settings.items()}
-        arguments = [verb, "--config", "tiny"]
-        for key, value in merged.items():
-            arguments += ["--set", f"{key}={value}"]
-        code = main(arguments)
-        return code, capsys.readouterr().err
+        }
+        return run_tiny(verb, base, settings, capsys)
 
     run.folder = tmp_path
     return run

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from jobs.cli import main
 from jobs.errors import Exit
+from tests.jobs.tiny_cli import run_tiny
 from tests.pipelines.test_training import PAIRS, pairs  # noqa: F401  (a fixture)
 
 
@@ -23,15 +23,11 @@ def train(tiny_teacher_dir, tmp_path, capsys, pairs, monkeypatch):  # noqa: F811
     prompts.write_text("\n".join(f"prompt {index}" for index in range(12)))
 
     def run(**settings: object) -> tuple[int, str]:
-        merged = {
+        base = {
             "run.dir": tmp_path / "run", "teacher.path": tiny_teacher_dir,
             "pairs.prompts": prompts, "pairs.root": pairs[0].url,
-        } | {key.replace("__", "."): value for key, value in settings.items()}  # fmt: skip
-        arguments = ["train", "--config", "tiny"]
-        for key, value in merged.items():
-            arguments += ["--set", f"{key}={value}"]
-        code = main(arguments)
-        return code, capsys.readouterr().err
+        }  # fmt: skip
+        return run_tiny("train", base, settings, capsys)
 
     run.folder = tmp_path
     return run
