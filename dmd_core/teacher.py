@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import StableDiffusionPipeline
 
 from dmd_core.condition import Condition
@@ -47,7 +49,10 @@ class Teacher:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
-        """The condition of each prompt, B rows. Each distinct prompt is encoded once."""
+        """The condition of each prompt, B rows. Each distinct prompt is encoded once.
+
+        Raises `IndexError` for a prompt with a token that the text encoder does not know.
+        """
         distinct = sorted(set(prompts))
         tokens = self.pipeline.tokenizer(
             distinct,
@@ -57,6 +62,7 @@ class Teacher:
             return_tensors="pt",
         )
         encoder = self.pipeline.text_encoder
+        _check_tokens(distinct, tokens.input_ids, encoder.get_input_embeddings().num_embeddings)
         # As StableDiffusionPipeline does: a mask only where the encoder's configuration asks.
         mask = None
         if getattr(encoder.config, "use_attention_mask", False):
@@ -88,16 +94,24 @@ class Teacher:
         solver: str,
         steps: int,
         guidance_scale: float,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
         compute_dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """The guided ODE from ε (B,C,h,w) to latents x₀ (B,C,h,w), float32, on `device`."""
+        """The guided ODE from ε (B,C,h,w) to latents x₀ (B,C,h,w), float32, on `device`.
+
+        `negative_prompt`: one for all rows, or one for each.
+        """
+        negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+        if len(set(negatives)) == 1:
+            negatives = negatives[:1]
+        elif len(negatives) != len(eps):
+            raise ValueError(f"{len(negatives)} negative prompts for {len(eps)} rows")
         return integrate(
             self.network(compute_dtype),
             make_scheduler(solver, self.pipeline.scheduler.config),
             eps.float().to(self.device),
             self.encode_prompts(prompts),
-            self.encode_prompts([negative_prompt]),
+            self.encode_prompts(negatives),
             steps=steps,
             guidance_scale=guidance_scale,
         )
@@ -119,9 +133,21 @@ class Teacher:
         return pictures.permute(0, 2, 3, 1).cpu().numpy()
 
 
+def _check_tokens(prompts: Sequence[str], ids: torch.Tensor, known: int) -> None:
+    """Before the ids (B,L) reach a device, where such a lookup would end the whole process."""
+    for prompt, highest in zip(prompts, ids.amax(1).tolist(), strict=True):
+        if highest >= known:
+            raise IndexError(
+                f"prompt {prompt[:80]!r} has token {highest}, but the text encoder knows {known} "
+                "tokens (0 is the first): tokenizer and text encoder do not fit together"
+            )
+
+
 def load_teacher(path: str, *, device: str | torch.device = "cpu") -> Teacher:
     """Load a local pipeline folder; raises `TeacherError` that names what is missing."""
     check_teacher(path)
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             path,

@@ -5,12 +5,16 @@ import errno
 import importlib
 import json
 import sys
+from types import ModuleType
 
 from jobs.errors import Exit, JobError
 
 VERBS = {
     "demo": "the whole journey on the shipped teacher: pairs, train, export, evaluate, report",
     "pairs": "run the teacher over a prompt list and seal a noise-latent pair data set",
+    "regenerate": "bring the pair data set up to date with prompts and teacher; keep k versions",
+    "inspect": "show a pair data set: versions, costs, pictures; verify or compare them",
+    "schedule": "run a verb at fixed times on a Ray cluster, such as regenerate every night",
     "train": "distil the teacher into a student of one or a few steps (DMD, DMD2)",
     "export": "write the trained student as a diffusers pipeline folder",
     "evaluate": "measure the student against its teacher on held-out prompts",
@@ -18,12 +22,16 @@ VERBS = {
     "train-teacher": "train the miniature Stable Diffusion from captioned emoji pictures",
 }
 
+_OWN_ARGUMENTS = ("inspect", "schedule")
 _PACKAGES = ("jobs", "pipelines", "dmd_core", "cluster")
 
 _EXAMPLES = """examples:
   dmd demo                                      distil the shipped teacher on this machine
   dmd pairs --config my.yaml --dry-run          show what would be done, and stop
   dmd train --config my.yaml --set train.learning_rate=2e-5
+  dmd inspect runs/demo/pairs --sample 16       versions of a data set, and pictures of 16 rows
+  dmd regenerate --config my.yaml               after prompts or teacher have changed
+  dmd schedule "0 3 * * *" -- regenerate --config my.yaml
   dmd evaluate --config my.yaml --json          machine-readable results on stdout
   python -m jobs.pairs --config my.yaml         the same as `dmd pairs`, nothing installed
 
@@ -34,7 +42,7 @@ exit codes: 0 done or nothing to do, 1 a bug, 2 usage or configuration, 3 refuse
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
     default = "emoji" if options.verb == "train-teacher" else "demo"
     try:
         return _run(options, options.config or default)
@@ -53,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         if not _is_ours(error):
             raise
-        return _fail(str(error))
+        again = getattr(error, "transient", False)
+        return _fail(str(error), Exit.TRANSIENT if again else Exit.REFUSED)
     except _ray_errors() as error:
         return _fail(*_worker_failure(error))
 
@@ -61,8 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(options: argparse.Namespace, config: str) -> int:
     from jobs.session import open_session
 
-    module = importlib.import_module(f"jobs.{options.verb.replace('-', '_')}")
-    with open_session(config, options.set, quiet=options.json) as session:
+    module = _module(options.verb)
+    with open_session(config, options.set, quiet=options.json, arguments=options) as session:
         try:
             result = module.plan(session) if options.dry_run else module.run(session)
         except _ray_errors() as error:
@@ -76,7 +85,12 @@ def _run(options: argparse.Namespace, config: str) -> int:
     return Exit.OK
 
 
-def _parser() -> argparse.ArgumentParser:
+def _module(verb: str) -> ModuleType:
+    return importlib.import_module(f"jobs.{verb.replace('-', '_')}")
+
+
+def _parser(arguments: list[str]) -> argparse.ArgumentParser:
+    """The whole command line; only the asked verb's module is imported for arguments of its own."""
     parser = argparse.ArgumentParser(
         prog="dmd",
         description="Turn slow diffusion models into one-step ones (Distribution Matching "
@@ -110,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument(
             "--json", action="store_true", help="results as JSON on stdout, no display"
         )
+        if name in _OWN_ARGUMENTS and name in arguments:
+            _module(name).add_arguments(verb)
     return parser
 
 

@@ -43,7 +43,12 @@ class Display:
 
     @contextmanager
     def stage(
-        self, title: str, total: int, unit: str, read: Callable[[], tuple[int, dict[str, Any]]]
+        self,
+        title: str,
+        total: int,
+        unit: str,
+        read: Callable[[], tuple[int, dict[str, Any]]],
+        describe: Callable[[dict[str, Any]], str],
     ) -> Iterator[None]:
         """Show `read()` = (done, fields) until the block ends, as a bar or as lines.
 
@@ -55,7 +60,7 @@ class Display:
         watcher = self._bar if self.console.is_terminal else self._lines
         stop = threading.Event()
         thread = threading.Thread(
-            target=watcher, args=(title, total, unit, read, stop), daemon=True
+            target=watcher, args=(title, total, unit, read, describe, stop), daemon=True
         )
         thread.start()
         try:
@@ -64,7 +69,9 @@ class Display:
             stop.set()
             thread.join()
 
-    def _bar(self, title: str, total: int, unit: str, read, stop: threading.Event) -> None:
+    def _bar(
+        self, title: str, total: int, unit: str, read, describe, stop: threading.Event
+    ) -> None:
         columns = (
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),
@@ -85,34 +92,37 @@ class Display:
                     task,
                     completed=done,
                     total=fields.get("total", total),
-                    rate=rate(done),
-                    extra=_extra(fields),
+                    rate=rate(done, fields),
+                    extra=describe(fields),
                 )
 
-    def _lines(self, title: str, total: int, unit: str, read, stop: threading.Event) -> None:
+    def _lines(
+        self, title: str, total: int, unit: str, read, describe, stop: threading.Event
+    ) -> None:
         rate, last = _Rate(unit), -1
         while not stop.wait(_LOG_SECONDS):
             done, fields = read()
-            text = rate(done)
+            text = rate(done, fields)
             if done != last:
                 goal = fields.get("total", total)
                 left = rate.seconds_left(done, goal)
                 eta = "" if left is None else f", {left:.0f} s left"
-                self.say(f"{title}: {done}/{goal} {text}{eta}  {_extra(fields)}".rstrip())
+                self.say(f"{title}: {done}/{goal} {text}{eta}  {describe(fields)}".rstrip())
                 last = done
 
 
 class _Rate:
-    """Rate since the first progress, so that start-up does not count."""
+    """Rate since the first progress, so that start-up does not count, nor what was there before
+    (the field `stored`)."""
 
     def __init__(self, unit: str) -> None:
         self._unit = unit
         self._start: tuple[float, int] | None = None
         self._per_second = 0.0
 
-    def __call__(self, done: int) -> str:
+    def __call__(self, done: int, fields: dict[str, Any]) -> str:
         now = time.monotonic()
-        if done == 0:
+        if done <= fields.get("stored", 0):
             return "starting"
         if self._start is None:
             self._start = (now, done)
@@ -124,7 +134,8 @@ class _Rate:
         return (total - done) / self._per_second if self._per_second else None
 
 
-def _extra(fields: dict[str, Any]) -> str:
+def loss_fields(fields: dict[str, Any]) -> str:
+    """What training shows beside its rate."""
     shown = {k: v for k, v in fields.items() if k.startswith("loss") or k in ("network", "stage")}
     return "  ".join(
         f"{key} {value:.3f}" if isinstance(value, float) else str(value)

@@ -1,5 +1,7 @@
 """`dmd pairs`: prompts → teacher on Ray Data → a sealed pair data set (stations 1-4)."""
 
+import _thread
+from contextlib import AbstractContextManager
 from typing import Any
 
 from dmd_core.teacher import teacher_revision
@@ -7,56 +9,93 @@ from jobs.config import resolve_shipped
 from jobs.errors import Exit, JobError
 from jobs.session import Session
 from pipelines.config import PairsSection
-from pipelines.manifest import Manifest, find_sealed
+from pipelines.factory import Changes, Outcome, PairOrder, fill_order, order_changes
 from pipelines.pairs import fingerprint_of
-from pipelines.prompts import LandedPrompts, land_prompts
+from pipelines.prompts import PromptSource
 from pipelines.storage import check_writable
 
 
 def run(session: Session) -> dict[str, Any]:
     """Land the prompts, make the missing pairs, seal; returns the summary."""
-    section = session.recipe.pairs
-    revision = teacher_revision(session.teacher_dir)
     session.open_run()
-    check_writable(session.pairs_root)
-    prompts = _land(session)
-    fingerprint = fingerprint_of(section, revision)
-    sealed = find_sealed(session.pairs_root, fingerprint.digest, prompts.digest)
-    if sealed is not None:
-        session.display.done(f"pairs: nothing to do, {_describe(sealed, session)}")
-        return _summary(sealed, session, generated=False)
-    from pipelines.generate import generate_pairs  # imports Ray: not for "nothing to do"
-
-    with session.watch("pairs", prompts.rows, "pairs") as board:
-        manifest = generate_pairs(
-            section,
-            teacher_url=session.teacher_url,
-            storage=session.recipe.storage,
-            root=session.pairs_root,
-            prompts=prompts,
-            fingerprint=fingerprint,
-            board=board,
-        )
-    session.display.done(f"pairs: {_describe(manifest, session)}")
-    check_rejects(manifest.rows, manifest.rejected, section.max_rejected_share)
-    return _summary(manifest, session, generated=True)
+    outcome = fill(session, "pairs")
+    return summary(outcome, session)
 
 
 def plan(session: Session) -> dict[str, Any]:
-    """What `run` would do; measures one teacher evaluation, writes only the landed prompts."""
+    """What `run` would do; measures one teacher evaluation, writes nothing."""
     section = session.recipe.pairs
-    prompts = _land(session)
+    rows, changes = order_changes(pair_order(session))
     seconds, pair_bytes = _measure(session, section)
+    to_make = rows if changes is None else changes.to_make
     return {
         "prompts": section.prompts,
-        "rows": prompts.rows,
-        "batches": -(-prompts.rows // section.batch_size),
-        "blocks": -(-prompts.rows // section.rows_per_block),
-        "network_evaluations": prompts.rows * evaluations_per_picture(section),
-        "bytes": prompts.rows * pair_bytes,
-        "estimated_seconds": round(prompts.rows * seconds / section.actors),
+        "rows": rows,
+        "changes": "no version yet" if changes is None else changes_in_words(changes),
+        "rows_to_make": to_make,
+        "batches": -(-to_make // section.batch_size),
+        "blocks": -(-to_make // section.rows_per_block),
+        "network_evaluations": to_make * evaluations_per_picture(section),
+        "bytes": to_make * pair_bytes,
+        "estimated_seconds": round(to_make * seconds / section.most_actors),
         "writes_to": session.pairs_root.url,
     }
+
+
+def fill(session: Session, purpose: str, *, keep: int | None = None) -> Outcome:
+    """Bring the recipe's data set up to date, and say what was done. Raises `JobError` with exit
+    code 5 when too many rows were rejected."""
+    check_writable(session.pairs_root)
+
+    def watch(rows: int) -> AbstractContextManager[Any]:
+        return session.watch(purpose, rows, "pairs", _Cost(session.recipe.pairs))
+
+    def say_changes(changes: Changes | None) -> None:
+        if changes is not None:
+            session.display.say(f"{purpose}: {changes_in_words(changes)}")
+
+    outcome = fill_order(
+        pair_order(session),
+        watch,
+        purpose=f"dmd {purpose}",
+        keep=keep,
+        on_changes=say_changes,
+        on_lost=_thread.interrupt_main,
+    )
+    told = "" if outcome.made else "nothing to do, "
+    session.display.done(f"{purpose}: {told}{_describe(outcome, session)}")
+    check_rejects(
+        outcome.manifest.rows, outcome.manifest.rejected, session.recipe.pairs.max_rejected_share
+    )
+    return outcome
+
+
+def pair_order(session: Session) -> PairOrder:
+    """What the recipe asks for; the teacher is checked and its files are hashed."""
+    section = session.recipe.pairs
+    files = (section.prompts,) if isinstance(section.prompts, str) else section.prompts
+    return PairOrder(
+        section=section,
+        source=PromptSource(tuple(map(resolve_shipped, files)), section.prompt_column),
+        teacher_url=session.teacher_url,
+        fingerprint=fingerprint_of(section, teacher_revision(session.teacher_dir)),
+        storage=session.recipe.storage,
+        root=session.pairs_root,
+    )
+
+
+def changes_in_words(changes: Changes) -> str:
+    """One line for people: what is new, and what follows from it."""
+    parts = []
+    if changes.settings:
+        names = ", ".join(
+            f"{name} {_short(then)} → {_short(now)}"
+            for name, (then, now) in changes.settings.items()
+        )
+        parts.append(f"{names}: a new generation")
+    if changes.added or changes.removed:
+        parts.append(f"rows +{changes.added} −{changes.removed}")
+    return "; ".join(parts or ["nothing has changed"]) + f"; {changes.to_make} rows to make"
 
 
 def evaluations_per_picture(section: PairsSection) -> int:
@@ -70,21 +109,49 @@ def check_rejects(rows: int, rejected: int, allowed: float) -> None:
     if share > allowed:
         raise JobError(
             f"the version is sealed, but {rejected} of {rows + rejected} rows were rejected "
-            f"({share:.1%}; pairs.max_rejected_share allows {allowed:.1%}). The reasons are in the "
-            "generation's rejects/ folder; the same command tries those rows again.",
+            f"({share:.1%}; pairs.max_rejected_share allows {allowed:.1%}). `dmd inspect` shows "
+            "the reasons; the same command tries those rows again.",
             Exit.REJECTS,
         )
 
 
-def _land(session: Session) -> LandedPrompts:
-    section = session.recipe.pairs
-    return land_prompts(
-        resolve_shipped(section.prompts),
-        session.recipe.storage,
-        session.pairs_root,
-        seed=section.seed,
-        samples_per_prompt=section.samples_per_prompt,
-    )
+def summary(outcome: Outcome, session: Session) -> dict[str, Any]:
+    manifest, collected = outcome.manifest, outcome.collected
+    found = {
+        "root": session.pairs_root.url,
+        "version": manifest.version,
+        "digest": manifest.digest,
+        "rows": manifest.rows,
+        "rejected": manifest.rejected,
+        "generated": outcome.made,
+        "cost": outcome.cost,
+    }
+    if collected is not None:
+        found |= {"collected_versions": collected.versions, "collected_files": collected.files}
+    return found
+
+
+class _Cost:
+    """What is shown beside the rate: rejects, and what the run has cost so far."""
+
+    def __init__(self, section: PairsSection) -> None:
+        self._gpus, self._cpus = section.gpus_per_actor, section.cpus_per_actor
+
+    def __call__(self, fields: dict[str, Any]) -> str:
+        busy = fields.get("busy_s", 0.0)
+        shown = [str(fields["phase"])] if fields.get("phase") == "sealing" else []
+        if fields.get("rejected"):
+            shown.append(f"{fields['rejected']} rejected")
+        if busy:
+            shown.append(cost_in_words(busy, self._gpus))
+        return "  ".join(shown)
+
+
+def cost_in_words(busy_s: float, gpus_per_actor: float) -> str:
+    """Seconds that teachers worked, in GPU-seconds where they had GPUs."""
+    if gpus_per_actor:
+        return f"{busy_s * gpus_per_actor:.0f} GPU-s"
+    return f"{busy_s:.0f} teacher-s, no GPU"
 
 
 def _measure(session: Session, section: PairsSection) -> tuple[float, int]:
@@ -110,22 +177,23 @@ def _measure(session: Session, section: PairsSection) -> tuple[float, int]:
     return per_evaluation * evaluations_per_picture(section), 2 * width * eps[0].numel()
 
 
-def _describe(manifest: Manifest, session: Session) -> str:
-    rejected = f", {manifest.rejected} rejected" if manifest.rejected else ""
-    return (
-        f"{manifest.rows} pairs{rejected} in {session.pairs_root.url} (version {manifest.version})"
-    )
+def _describe(outcome: Outcome, session: Session) -> str:
+    manifest, gpus = outcome.manifest, session.recipe.pairs.gpus_per_actor
+    parts = [f"{manifest.rows} pairs"]
+    if manifest.rejected:
+        parts.append(f"{manifest.rejected} rejected")
+    text = ", ".join(parts) + f" in {session.pairs_root.url} (version {manifest.version})"
+    if outcome.cost:
+        spent = cost_in_words(outcome.cost["busy_s"], gpus)
+        text += f"; {outcome.cost['rows']} made now for {spent}"
+    if outcome.collected is not None and outcome.collected.files:
+        versions = len(outcome.collected.versions)
+        text += f"; collected {versions} old versions, {outcome.collected.files} files"
+    return text
 
 
-def _summary(manifest: Manifest, session: Session, *, generated: bool) -> dict[str, Any]:
-    return {
-        "root": session.pairs_root.url,
-        "version": manifest.version,
-        "digest": manifest.digest,
-        "rows": manifest.rows,
-        "rejected": manifest.rejected,
-        "generated": generated,
-    }
+def _short(value: Any) -> str:
+    return f"{value[:8]}…" if isinstance(value, str) and len(value) > 16 else repr(value)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """What every verb works with: recipe, run folder, display, and Ray when it is first needed."""
 
+import argparse
 import contextlib
 import importlib.metadata
 import json
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from dmd_core.files import is_local, write_atomic
 from jobs.config import Recipe, dump_recipe, load_recipe, resolve_shipped
-from jobs.display import Display
+from jobs.display import Display, loss_fields
 from jobs.errors import Exit, JobError
 from jobs.quiet import redirected_output
 from pipelines.storage import Store, check_writable, local_copy, open_store
@@ -37,6 +38,9 @@ _MAY_CHANGE = {
     "train.num_validation_images",
     "train.report_to",
     "pairs.max_rejected_share",
+    "pairs.attempts",
+    "pairs.lease_seconds",
+    "pairs.keep_versions",
     "pairs.actors",
     "pairs.cpus_per_actor",
     "pairs.gpus_per_actor",
@@ -47,9 +51,12 @@ _MAY_CHANGE = {
 class Session:
     """One invocation of a verb. Close it (a `with` block) to end an embedded Ray."""
 
-    def __init__(self, recipe: Recipe, display: Display) -> None:
+    def __init__(
+        self, recipe: Recipe, display: Display, arguments: argparse.Namespace | None = None
+    ) -> None:
         self.recipe = recipe
         self.display = display
+        self.arguments = arguments or argparse.Namespace()  # those of the verb alone
         self.store: Store = open_store(recipe.run.dir, recipe.storage)
         self._stack = ExitStack()
         self._ray_started = False
@@ -157,8 +164,15 @@ class Session:
         self._ray_started = True
 
     @contextmanager
-    def watch(self, title: str, total: int, unit: str) -> Iterator[Any]:
-        """Yield a ProgressBoard handle for workers; show what they write on it."""
+    def watch(
+        self,
+        title: str,
+        total: int,
+        unit: str,
+        describe: Callable[[dict[str, Any]], str] = loss_fields,
+    ) -> Iterator[Any]:
+        """Yield a ProgressBoard handle for workers; show what they write on it. `describe`: the
+        board's fields in words, beside the rate."""
         import ray
         from ray.exceptions import RayError
 
@@ -173,7 +187,7 @@ class Session:
                 last[0] = ray.get(board.read.remote(), timeout=10)
             return last[0]
 
-        with self.display.stage(title, total, unit, read):
+        with self.display.stage(title, total, unit, read, describe):
             yield board
 
     def _log_path(self) -> str:
@@ -183,8 +197,14 @@ class Session:
         return str(Path(tempfile.mkdtemp(prefix="dmd-logs-")) / "ray.log")
 
 
-def open_session(config: str, overrides: list[str], *, quiet: bool = False) -> Session:
-    return Session(load_recipe(config, overrides), Display(quiet=quiet))
+def open_session(
+    config: str,
+    overrides: list[str],
+    *,
+    quiet: bool = False,
+    arguments: argparse.Namespace | None = None,
+) -> Session:
+    return Session(load_recipe(config, overrides), Display(quiet=quiet), arguments)
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:

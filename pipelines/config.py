@@ -57,12 +57,27 @@ class TeacherSection(Section):
     path: str = "shipped:emoji"
 
 
+class ActorRange(Section):
+    """A pool that grows with the work and shrinks without it."""
+
+    min: Positive = 1
+    max: Positive
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "ActorRange":
+        if self.max < self.min:
+            raise ValueError(f"max ({self.max}) is less than min ({self.min})")
+        return self
+
+
 class PairsSection(Section):
     """Station 1-4: prompts → noise–latent pairs."""
 
-    prompts: str = Field(
-        default="shipped:demo", description="txt, csv, jsonl or parquet; path or s3://"
+    prompts: str | tuple[str, ...] = Field(
+        default="shipped:demo",
+        description="txt, csv, jsonl or parquet; paths, globs or s3:// URLs, one or several",
     )
+    prompt_column: str = "prompt"
     root: str = Field(default="", description="data set folder; empty: <run.dir>/pairs")
     seed: NotNegative = Field(
         default=0, description="data-set seed: part of every pair's id and noise"
@@ -81,9 +96,20 @@ class PairsSection(Section):
     )
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: Positive = 16
-    rows_per_block: Positive = Field(default=64, description="unit of work, and of lost work")
+    rows_per_block: Positive = Field(
+        default=64, description="unit of work and of lost work, and rows of a file"
+    )
     row_group_rows: Positive = 64
-    actors: Positive = 1
+    actors: Positive | ActorRange = Field(
+        default=1, description="teachers: a number, or {min: 1, max: 8} to grow and shrink"
+    )
+    attempts: Positive = Field(default=3, description="of a row that raises, before it is rejected")
+    lease_seconds: float = Field(
+        default=30, gt=0, description="a writer that gave no sign for so long is taken for dead"
+    )
+    keep_versions: Positive = Field(
+        default=3, description="dmd regenerate keeps so many of the newest, and all pinned ones"
+    )
     max_rejected_share: float = Field(
         default=0.01, ge=0, le=1, description="more rejected rows than this: exit code 5"
     )
@@ -92,6 +118,10 @@ class PairsSection(Section):
     threads_per_actor: Positive | None = Field(
         default=None, description="torch threads; empty: all cores"
     )
+
+    @property
+    def most_actors(self) -> int:
+        return self.actors if isinstance(self.actors, int) else self.actors.max
 
     @model_validator(mode="after")
     def _whole_batches(self) -> "PairsSection":

@@ -6,99 +6,163 @@ data set holds is decided when it is sealed.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import ray
 import ray.data
+from pyarrow import dataset
 from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
+from ray.data.datasource import FilenameProvider
 
-from dmd_core.teacher import check_teacher, teacher_revision
-from pipelines.config import PairsSection, StorageSection
-from pipelines.manifest import Manifest, find_sealed
-from pipelines.pairs import Fingerprint, fingerprint_of, library_versions
-from pipelines.prompts import LandedPrompts
-from pipelines.seal import FileFacts, SealError, list_names, seal_generation
+from pipelines.collect import data_base, ledger_base
+from pipelines.commits import delete_if_there
+from pipelines.lease import Lease
+from pipelines.manifest import Manifest
+from pipelines.pairs import Fingerprint
+from pipelines.prompts import LandedFile, LandedPrompts
+from pipelines.seal import FileFacts, MissingRowsError, SealError, list_names, seal_generation
 from pipelines.storage import Store
-from pipelines.teacher_actor import TeacherActor, TeacherTask, teacher_folder
+from pipelines.teacher_actor import TeacherActor, TeacherTask
 
 # Ray asks for 1 GiB of logical memory per id filter by default, which a small machine may not
 # have; a filter's process used 107 MiB, and each of its ids takes 8 bytes.
 _FILTER_MEMORY_BYTES = 192 << 20
 _FILES_PER_TASK = 32
+_PASSES = 3
+_PENDING = ".pending.parquet"
+# Beside what Ray retries by itself: how S3-like stores say "slow down" through s3fs.
+_RETRIED = (
+    "SlowDown",
+    "reduce your request rate",
+    "ServiceUnavailable",
+    "Service Unavailable",
+    "Connection reset",
+    "ConnectionClosedError",
+    "EndpointConnectionError",
+    "Read timeout",
+)
 
 
 def generate_pairs(
-    section: PairsSection,
-    *,
-    teacher_url: str,
-    storage: StorageSection,
-    root: Store,
+    task: TeacherTask,
     prompts: LandedPrompts,
-    fingerprint: Fingerprint | None = None,
-    board=None,
+    lease: Lease,
+    *,
+    on_phase: Callable[[str], None] = lambda phase: None,
 ) -> Manifest:
     """Make the pairs that are not there yet and seal a version. Ray must be running.
 
-    `board`: a ProgressBoard handle, advanced by the rows handled. `fingerprint` saves reading the
-    teacher's files once more where the caller has it already.
+    `on_phase` is told "generating" and "sealing". A ledger entry whose data vanished under the run
+    (left over by a writer that was thought dead) is found when sealing, and its rows are made.
     """
-    if fingerprint is None:
-        with teacher_folder(teacher_url, storage) as path:
-            check_teacher(path)
-            fingerprint = fingerprint_of(section, teacher_revision(path))
-    sealed = find_sealed(root, fingerprint.digest, prompts.digest)
-    if sealed is not None:
-        return sealed
-    forget_lost_files(root, fingerprint)
-    task = TeacherTask(section, teacher_url, storage, root, fingerprint, library_versions(), board)
-    _write_missing_rows(task, prompts)
-    return seal_generation(root, fingerprint, prompts, map_files=_map_on_cluster)
+    root, fingerprint = task.root, task.fingerprint
+    settle_ledger(root, fingerprint)
+    for last in (False,) * (_PASSES - 1) + (True,):
+        on_phase("generating")
+        forget_lost_files(root, fingerprint)
+        for file in prompts.files:
+            lease.check()
+            _write_missing_rows(task, file, lease)
+        on_phase("sealing")
+        try:
+            return seal_generation(
+                root, fingerprint, prompts, lease=lease, map_files=_map_on_cluster
+            )
+        except MissingRowsError:
+            if last or not forget_lost_files(root, fingerprint):
+                raise
+    raise AssertionError("the last pass returns or raises")
+
+
+def stored_rows(root: Store, fingerprint: Fingerprint) -> int:
+    """How many rows of the generation the ledger says are written; the footers are read."""
+    names = [n for n in list_names(root, fingerprint, "ledger") if not n.endswith(_PENDING)]
+    if not names:
+        return 0
+    paths = [root.path(fingerprint.folder, "ledger", name) for name in names]
+    return dataset.dataset(paths, filesystem=root.arrow, format="parquet").count_rows()
+
+
+def settle_ledger(root: Store, fingerprint: Fingerprint) -> None:
+    """Finish renamings that were cut in half: on an object store a move is a copy and a deletion.
+
+    Ray deletes the data of every pending entry when it starts. An entry that is committed as well
+    vouches for data that a version may name.
+    """
+    names = set(list_names(root, fingerprint, "ledger"))
+    for name in names:
+        if name.endswith(_PENDING) and f"{ledger_base(name)}.parquet" in names:
+            delete_if_there(root, root.path(fingerprint.folder, "ledger", name))
 
 
 def forget_lost_files(root: Store, fingerprint: Fingerprint) -> list[str]:
     """Remove ledger entries whose data file is gone, so that their rows are made again.
 
-    Ray names the data files of the ledger entry `x.parquet` `x-0.parquet`, `x-1.parquet`, ….
     Returns the names of the removed entries.
     """
-    present = {name.rsplit("-", 1)[0] for name in list_names(root, fingerprint, "data")}
+    present = {data_base(name) for name in list_names(root, fingerprint, "data")}
     lost = [
         name
         for name in list_names(root, fingerprint, "ledger")
-        if not name.endswith(".pending.parquet") and name.removesuffix(".parquet") not in present
+        if not name.endswith(_PENDING) and ledger_base(name) not in present
     ]
     for name in lost:
-        root.fs.rm_file(root.path(fingerprint.folder, "ledger", name))
+        delete_if_there(root, root.path(fingerprint.folder, "ledger", name))
     return lost
 
 
-def _write_missing_rows(task: TeacherTask, prompts: LandedPrompts) -> None:
-    """The Ray Data job. Rows whose id is in the ledger do not reach a teacher."""
+class _FencedNames(FilenameProvider):
+    """The writer's fence comes first: who wrote a file can be seen, and sorted by."""
+
+    def __init__(self, fence: int) -> None:
+        super().__init__()
+        self._fence = fence
+
+    def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
+        return f"{self._fence:06d}_{write_uuid}_{task_index:06d}"
+
+
+def _write_missing_rows(task: TeacherTask, file: LandedFile, lease: Lease) -> None:
+    """The Ray Data job of one landed file. Rows whose id is in the ledger reach no teacher."""
     section, root = task.section, task.root
+    task = replace(task, height=file.height, width=file.width)
     # A copy: checkpointing set on the shared context would also filter a later training job.
     with DataContext.current(_context(task)):
-        rows = ray.data.read_parquet([prompts.path], filesystem=root.arrow, partitioning=None)
+        # Only a read from files is filtered by the ledger; rows handed over in memory would all
+        # be made again.
+        rows = ray.data.read_parquet([file.path], filesystem=root.arrow, partitioning=None)
         # One small file is one block, and one block goes to one worker: cut it.
         pairs = rows.repartition(target_num_rows_per_block=section.rows_per_block).map_batches(
             TeacherActor,
             fn_constructor_args=(task,),
             batch_size=section.batch_size,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=section.actors),
+            compute=_pool(section.actors),
             num_cpus=section.cpus_per_actor,
             num_gpus=section.gpus_per_actor,
         )
+        # Any other mode than append empties the folder, or refuses to go on.
         pairs.write_parquet(
             root.path(task.fingerprint.folder, "data"),
             filesystem=root.arrow,
             mode=SaveMode.APPEND,
+            filename_provider=_FencedNames(lease.fence),
             row_group_size=section.row_group_rows,
         )
+
+
+def _pool(actors) -> ActorPoolStrategy:
+    """Teachers, each with its next block already fetched while it works."""
+    if isinstance(actors, int):
+        return ActorPoolStrategy(size=actors)
+    return ActorPoolStrategy(min_size=actors.min, max_size=actors.max)
 
 
 def _context(task: TeacherTask) -> DataContext:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
+    context.retried_io_errors = [*context.retried_io_errors, *_RETRIED]
     checkpoint = CheckpointConfig(
         id_column="pair_id",
         checkpoint_path=task.root.path(task.fingerprint.folder, "ledger"),

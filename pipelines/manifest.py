@@ -1,29 +1,30 @@
 """Sealed versions of the pair data set: a version exists when its manifest does.
 
 `manifests/NNNNNN.json` is created once and never overwritten. Readers take the list of files from
-it and never list a folder. This module needs neither Ray nor torch, so that "nothing to do" is
-known at once.
+it and never list a folder. A number may also be void: a version that was given up, or the number
+that a writer claimed when it took over another's lease, so that a commit of the old one meets it
+and fails. This module needs neither Ray nor torch: "nothing to do" is known at once.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 import re
-import time
-import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, Self
 
-from fsspec import AbstractFileSystem
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dmd_core.files import is_local, publish_local
+from pipelines.commits import StoreError, check_create_only, create_once, new_commit_id
+from pipelines.lease import Lease
 from pipelines.storage import Store
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _KEY = re.compile(r"[A-Za-z0-9._=/-]+")
 _NAME = re.compile(r"(\d{6})\.json")
 _MAX_BYTES = 1 << 50
+_VOID_BYTES = 2048
 _ATTEMPTS = 10
 
 
@@ -31,8 +32,8 @@ class ManifestError(RuntimeError):
     """A manifest that is missing or cannot be trusted."""
 
 
-class StoreError(RuntimeError):
-    """A store on which a version cannot be committed safely."""
+class NoSuchVersionError(ManifestError):
+    """There is no such version, or not any more."""
 
 
 def canonical_digest(content: Mapping[str, Any]) -> str:
@@ -97,6 +98,7 @@ class ManifestBody(_Model):
     rejected_ids: tuple[int, ...]
     rows: int = Field(gt=0)
     statistics: dict[str, float]
+    fence: int = Field(default=0, ge=0, description="of the lease under which it was sealed")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -128,7 +130,7 @@ class ManifestBody(_Model):
 
     def same_pairs(self, other: "ManifestBody") -> bool:
         """Do both say the same about the same files (whoever made them)?"""
-        names = set(ManifestBody.model_fields) - {"created_by"}
+        names = set(ManifestBody.model_fields) - {"created_by", "fence"}
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
@@ -138,10 +140,13 @@ class Manifest(ManifestBody):
     version: int = Field(gt=0, le=999_999)
     commit_id: str = Field(pattern=r"^[0-9a-f]{32}$")
 
-    def to_bytes(self) -> bytes:
+    def content(self) -> dict[str, Any]:
         # Unset fields stay out, so that a field added later leaves old digests as they are.
-        content = self.model_dump(exclude_unset=True)
-        return json.dumps(content, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
+        return self.model_dump(exclude_unset=True)
+
+    def to_bytes(self) -> bytes:
+        text = json.dumps(self.content(), sort_keys=True, indent=1, allow_nan=False)
+        return text.encode() + b"\n"
 
     @property
     def digest(self) -> str:
@@ -163,27 +168,52 @@ def manifest_path(root: Store, version: int) -> str:
     return root.path("manifests", f"{version:06d}.json")
 
 
+def log_numbers(root: Store) -> list[int]:
+    """All numbers of the log, void ones too, ascending."""
+    return sorted(_log_sizes(root))
+
+
 def list_versions(root: Store) -> list[int]:
     """The numbers of all sealed versions, oldest first."""
+    sizes = _log_sizes(root)
+    small = [number for number, size in sizes.items() if size <= _VOID_BYTES]
+    with ThreadPoolExecutor(max_workers=8) as pool:  # versions may be large: they are not read
+        void = dict(zip(small, pool.map(lambda n: _is_void(root, n), small), strict=True))
+    return [number for number in sorted(sizes) if not void.get(number)]
+
+
+def _log_sizes(root: Store) -> dict[int, int]:
     try:
-        entries = root.fs.ls(root.path("manifests"), detail=False)
+        entries = root.fs.ls(root.path("manifests"), detail=True)
     except FileNotFoundError:
-        return []
-    names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in entries)
-    return sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
+        return {}
+    named = ((_NAME.fullmatch(entry["name"].rsplit("/", 1)[-1]), entry) for entry in entries)
+    return {int(match[1]): entry["size"] for match, entry in named if match}
+
+
+def _is_void(root: Store, number: int) -> bool:
+    try:
+        content = json.loads(root.fs.cat_file(manifest_path(root, number)))
+    except ValueError:
+        return False  # a damaged version; to load it says so
+    except FileNotFoundError:
+        return True  # collected since it was listed
+    return isinstance(content, dict) and content.get("void") is True
 
 
 def load_manifest(root: Store, version: int) -> Manifest:
-    """The manifest of `version`; raises `ManifestError` naming the file."""
+    """The manifest of `version`; raises `ManifestError` naming the file, `NoSuchVersionError` when
+    it was never sealed or is given up."""
     path = manifest_path(root, version)
     try:
         raw = root.fs.cat_file(path)
     except FileNotFoundError as error:
-        known = ", ".join(map(str, list_versions(root))) or "none"
-        raise ManifestError(f"{path}: no such version; sealed versions: {known}") from error
+        raise NoSuchVersionError(_no_such(root, path)) from error
     try:
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
+        if _is_void(root, version):
+            raise NoSuchVersionError(_no_such(root, path)) from error
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ManifestError(f"{path} is not a valid manifest: {where}: {first['msg']}") from error
@@ -192,16 +222,32 @@ def load_manifest(root: Store, version: int) -> Manifest:
     return manifest
 
 
+def _no_such(root: Store, path: str) -> str:
+    known = ", ".join(map(str, list_versions(root))) or "none"
+    return f"{path}: no such version; sealed versions: {known}"
+
+
+def load_versions(root: Store) -> Iterator[Manifest]:
+    """All versions, newest first; those that are collected meanwhile are left out."""
+    for version in reversed(list_versions(root)):
+        with contextlib.suppress(NoSuchVersionError):
+            yield load_manifest(root, version)
+
+
 def latest_manifest(root: Store) -> Manifest | None:
     """The newest sealed version; None: nothing is sealed yet."""
-    versions = list_versions(root)
-    return load_manifest(root, versions[-1]) if versions else None
+    return next(load_versions(root), None)
+
+
+def latest_of(root: Store, fingerprint_digest: str) -> Manifest | None:
+    """The newest version of one generation."""
+    found = (m for m in load_versions(root) if m.fingerprint_digest == fingerprint_digest)
+    return next(found, None)
 
 
 def find_sealed(root: Store, fingerprint_digest: str, prompts_digest: str) -> Manifest | None:
     """The newest version that holds exactly these prompts, made exactly so, with none rejected."""
-    for version in reversed(list_versions(root)):
-        manifest = load_manifest(root, version)
+    for manifest in load_versions(root):
         if (
             manifest.fingerprint_digest == fingerprint_digest
             and manifest.prompts_digest == prompts_digest
@@ -214,83 +260,35 @@ def find_sealed(root: Store, fingerprint_digest: str, prompts_digest: str) -> Ma
 # ---------------------------------------------------------------- committing
 
 
-def commit_manifest(root: Store, body: ManifestBody) -> Manifest:
+def commit_manifest(root: Store, body: ManifestBody, lease: Lease | None = None) -> Manifest:
     """Seal `body` under the next free number.
 
-    A lost reply is not a lost write: after any error the object is read back, and its commit_id
-    says whether it is ours (done), another writer's (next number) or absent (again).
+    With a `lease`, raises `LeaseLostError` unless it is still the newest one. The order matters:
+    the number is chosen first, then the lease is looked at. A lease taken after that look voids
+    this very number or a later one, and finds this version in the log or makes it fail.
     """
-    versions = list_versions(root)
-    if not versions:
-        check_create_only(root)
-    number = versions[-1] + 1 if versions else 1
-    commit_id = uuid.uuid4().hex
-    problem: BaseException | None = None
-    for attempt in range(_ATTEMPTS):
-        manifest = Manifest(**dict(body), version=number, commit_id=commit_id)
-        path = manifest_path(root, number)
-        problem = _create(root.fs, path, manifest.to_bytes())
-        if problem is None:
+    for _ in range(_ATTEMPTS):
+        numbers = log_numbers(root)
+        if not numbers:
+            check_create_only(root)
+        number = numbers[-1] + 1 if numbers else 1
+        if lease is not None:
+            lease.check()
+        manifest = Manifest(**dict(body), version=number, commit_id=new_commit_id())
+        if create_once(root, manifest_path(root, number), manifest.content()):
             return manifest
-        owner = _owner(root.fs, path)
-        if owner == commit_id:
-            return manifest
-        if owner is not None:
-            number += 1
-        else:
-            time.sleep(0.05 * 2 ** min(attempt, 4))
-    raise StoreError(
-        f"could not seal a version in {root.url} in {_ATTEMPTS} attempts: {problem}"
-    ) from problem
+    raise StoreError(f"could not seal a version in {root.url}: {_ATTEMPTS} numbers were taken")
 
 
-def check_create_only(root: Store) -> None:
-    """Refuse a store that lets a second writer overwrite: there, versions would be lost."""
-    probe = root.path("manifests", f".probe-{uuid.uuid4().hex}")
-    first, second = uuid.uuid4().hex.encode(), uuid.uuid4().hex.encode()
-    problem = _create(root.fs, probe, first)
-    refusal = _create(root.fs, probe, second)
-    try:
-        found = root.fs.cat_file(probe)
-    except FileNotFoundError:
-        raise StoreError(f"cannot write to {root.url}: {problem}") from problem
-    root.fs.rm_file(probe)
-    if refusal is None or found != first:
-        raise StoreError(
-            f"{root.url} overwrites an object that was to be created only once (If-None-Match is "
-            "ignored). Versions could be lost there; expected a store with conditional writes."
-        )
+def void_next_number(root: Store, fence: int, reason: str) -> None:
+    """Claim the next number of the log for nobody: no commit prepared before can succeed now."""
+    for _ in range(_ATTEMPTS):
+        number = (log_numbers(root) or [0])[-1] + 1
+        if create_once(root, manifest_path(root, number), void_entry(fence, reason)):
+            return
+    raise StoreError(f"could not take over {root.url}: {_ATTEMPTS} numbers were taken")
 
 
-def _create(fs: AbstractFileSystem, path: str, data: bytes) -> BaseException | None:
-    """Create `path`, or return the error; after one, `path` may or may not hold `data`."""
-    try:
-        if is_local(fs):
-            publish_local(path, data, os.link)  # whole, and only if absent
-        else:
-            fs.pipe_file(path, data, mode="create")
-    except PermissionError as error:
-        raise StoreError(f"cannot create {path}: {error}") from error
-    except _transport_errors(fs) as error:
-        return error
-    return None
-
-
-def _owner(fs: AbstractFileSystem, path: str) -> str | None:
-    """The commit_id stored at `path`; "" when it has none; None when nothing is seen there."""
-    try:
-        content = json.loads(fs.cat_file(path))
-    except _transport_errors(fs):
-        return None
-    except ValueError:
-        return ""
-    return str(content.get("commit_id", "")) if isinstance(content, dict) else ""
-
-
-def _transport_errors(fs: AbstractFileSystem) -> tuple[type[Exception], ...]:
-    if is_local(fs):
-        return (OSError,)
-    from botocore.exceptions import BotoCoreError
-
-    # s3fs turns replies into OSError; a connection that breaks surfaces as botocore's own error.
-    return (OSError, BotoCoreError)
+def void_entry(fence: int, reason: str) -> dict[str, Any]:
+    """What stands in the log where there is no version."""
+    return {"commit_id": new_commit_id(), "void": True, "fence": fence, "reason": reason}

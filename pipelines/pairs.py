@@ -1,7 +1,8 @@
 """Station 4: a pair ↔ one Parquet row. The row contract of the data set.
 
 Tensors are raw little-endian bytes of fixed size; shape and dtype stand in the column's metadata,
-and what made the file in the file's. Any pyarrow reads them, without this project:
+and what made the file in the file's. Every value is there, but for the negative prompt: null is the
+fingerprint's. Any pyarrow reads the rows, without this project:
 
     import json, numpy as np, pyarrow.parquet as pq
     table = pq.read_table("pairs.parquet")
@@ -15,9 +16,10 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,11 +32,20 @@ from pipelines.manifest import SCHEMA_VERSION, canonical_digest, generation_fold
 # Raised by hand when a change of the code changes the numbers that a fingerprint stands for.
 NUMERICS_VERSION = 1
 TENSORS = ("noise", "latent")
+_NEGATIVE_PROMPT = "negative_prompt"
 _DTYPES = {torch.float16: "float16", torch.float32: "float32"}
 
 
 class PairSchemaError(ValueError):
     """A table that is not a table of pairs."""
+
+
+class PairFacts(NamedTuple):
+    """The numbers of a table: ids (n,) int64, `noise` and `latents` (n, C·h·w) as stored."""
+
+    pair_ids: np.ndarray
+    noise: np.ndarray
+    latents: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -110,6 +121,7 @@ def pair_schema(
             pa.field("pair_id", pa.int64()),
             pa.field("prompt", pa.string()),
             pa.field("seed", pa.int64()),
+            pa.field(_NEGATIVE_PROMPT, pa.string()),
             *(pa.field(name, tensor, metadata=about) for name in TENSORS),
         ],
         metadata={
@@ -124,10 +136,14 @@ def encode_pairs(
     batch: PairBatch,
     seeds: Sequence[int],
     *,
+    negative_prompts: Sequence[str | None] | None = None,
     fingerprint: Fingerprint,
     provenance: Mapping[str, str],
 ) -> pa.Table:
-    """Rows of `batch`. Both tensors must have one shape and one dtype, float16 or float32."""
+    """Rows of `batch`. Both tensors must have one shape and one dtype, float16 or float32.
+
+    A negative prompt of None, or None for all, is the fingerprint's.
+    """
     noise, latents = batch.noise, batch.latents
     if noise.shape != latents.shape or noise.dtype != latents.dtype or noise.dtype not in _DTYPES:
         raise PairSchemaError(
@@ -140,6 +156,9 @@ def encode_pairs(
         pa.array(batch.pair_ids, pa.int64()),
         pa.array(batch.prompts, pa.string()),
         pa.array(seeds, pa.int64()),
+        pa.array(
+            [None] * len(batch) if negative_prompts is None else negative_prompts, pa.string()
+        ),
         _to_bytes(noise, schema.field("noise").type),
         _to_bytes(latents, schema.field("latent").type),
     ]
@@ -148,23 +167,51 @@ def encode_pairs(
 
 def decode_pairs(table: pa.Table) -> PairBatch:
     """Inverse of `encode_pairs`, bit for bit; raises `PairSchemaError` for any other table."""
+    shape, dtype = _check_table(table)
+    return PairBatch(
+        tuple(table["pair_id"].to_pylist()),
+        tuple(table["prompt"].to_pylist()),
+        _to_tensor(table["noise"], shape, dtype),
+        _to_tensor(table["latent"], shape, dtype),
+    )
+
+
+def decode_negative_prompts(table: pa.Table) -> list[str | None]:
+    """The negative prompt of each row; None: the fingerprint's."""
+    return table[_NEGATIVE_PROMPT].to_pylist()
+
+
+def pair_facts(table: pa.Table) -> PairFacts:
+    """The numbers alone, for checks of many rows; raises `PairSchemaError` as `decode_pairs` does.
+
+    The arrays are views of the table where a column is one piece of memory.
+    """
+    shape, dtype = _check_table(table)
+    noise, latents = (_joined(_views(table[name], prod(shape), dtype)) for name in TENSORS)
+    return PairFacts(table["pair_id"].to_numpy(), noise, latents)
+
+
+def _check_table(table: pa.Table) -> tuple[tuple[int, ...], str]:
+    """(C,h,w) and the dtype of the tensors of a table that holds nothing but whole pairs."""
     shape, dtype = check_schema(table.schema)
     versions = table["schema_version"].unique().to_pylist()
     if versions not in ([], [SCHEMA_VERSION]):
         raise PairSchemaError(f"rows of schema version {versions}; expected {SCHEMA_VERSION}")
     for name in table.column_names:
-        if table[name].null_count:
+        if name != _NEGATIVE_PROMPT and table[name].null_count:
             raise PairSchemaError(f"column {name!r} has {table[name].null_count} empty values")
-    return PairBatch(
-        tuple(table["pair_id"].to_pylist()),
-        tuple(table["prompt"].to_pylist()),
-        _from_bytes(table["noise"], shape, dtype),
-        _from_bytes(table["latent"], shape, dtype),
-    )
+    return shape, dtype
 
 
 def check_schema(found: pa.Schema) -> tuple[tuple[int, ...], str]:
     """Check that `found` is a schema of pairs; returns (C,h,w) and the dtype of its tensors."""
+    return _check_serialized(found.serialize().to_pybytes())
+
+
+# The files of a generation say the same: of many small ones, this check would be most of the work.
+@lru_cache(maxsize=64)
+def _check_serialized(schema: bytes) -> tuple[tuple[int, ...], str]:
+    found = pa.ipc.read_schema(pa.py_buffer(schema))
     try:
         about = found.field("noise").metadata
         shape, dtype = tuple(json.loads(about[b"shape"])), about[b"dtype"].decode()
@@ -198,17 +245,25 @@ def _to_bytes(tensor: torch.Tensor, kind: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(kind, len(array), [None, pa.py_buffer(little_endian.tobytes())])
 
 
-def _from_bytes(column: pa.ChunkedArray, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-    """(B, *shape), copied once out of the Arrow buffers; a slice starts inside its buffer."""
+def _views(column: pa.ChunkedArray, elements: int, dtype: str) -> list[np.ndarray]:
+    """(n, elements) of each chunk, at least one; a slice starts inside its buffer."""
     width, stored = column.type.byte_width, np.dtype(dtype).newbyteorder("<")
-    array = np.empty((len(column), *shape), dtype=dtype)
-    row = 0
+    views = [np.empty((0, elements), stored)] if not len(column) else []
     for chunk in column.chunks:
-        if not len(chunk):
-            continue
-        values = np.frombuffer(
-            chunk.buffers()[1], stored, count=len(chunk) * prod(shape), offset=chunk.offset * width
-        )
-        array[row : row + len(chunk)] = values.reshape(-1, *shape)
-        row += len(chunk)
+        if len(chunk):
+            count, offset = len(chunk) * elements, chunk.offset * width
+            values = np.frombuffer(chunk.buffers()[1], stored, count=count, offset=offset)
+            views.append(values.reshape(-1, elements))
+    return views
+
+
+def _joined(views: list[np.ndarray]) -> np.ndarray:
+    return views[0] if len(views) == 1 else np.concatenate(views)
+
+
+def _to_tensor(column: pa.ChunkedArray, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """(B, *shape), copied once out of the Arrow buffers."""
+    views = _views(column, prod(shape), dtype)
+    array = np.empty((len(column), *shape), dtype=dtype)
+    np.concatenate(views, out=array.reshape(-1, prod(shape)))
     return torch.from_numpy(array)

@@ -8,14 +8,19 @@ import ray
 
 @ray.remote(num_cpus=0)
 class ProgressBoard:
-    """`done` counts up; `fields` holds the latest value of anything else a person may watch."""
+    """`done` counts up, as do rejects and busy seconds; `fields` holds the latest value of
+    anything else a person may watch."""
 
     def __init__(self) -> None:
         self._done = 0
         self._fields: dict[str, Any] = {}
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: int, rejected: int = 0, busy_s: float = 0.0) -> None:
+        """`busy_s`: seconds that a worker spent on these rows."""
         self._done += count
+        for name, value in (("rejected", rejected), ("busy_s", busy_s)):
+            if value:
+                self._fields[name] = self._fields.get(name, 0) + value
 
     def set(self, done: int | None = None, **fields: Any) -> None:
         if done is not None:

@@ -1,213 +1,255 @@
-"""Station 1: a prompt list → rows (pair_id, prompt, seed), landed as one Parquet file.
+"""Station 1: prompts → rows (pair_id, prompt, seed, negative_prompt), landed as Parquet files.
 
-A row depends only on its text, its sample index and the data-set seed. Adding a line, or moving
-one, therefore changes no other row, and the landed table is a set: it is kept in order of pair_id,
-and its file is named by the digest of its content.
+A row depends only on its own prompt (and negative prompt and size, if it has them), its sample
+index and the data-set seed. Adding a line, or moving one, therefore changes no other row, and the
+landed table is a set: it is kept in order of pair_id, and its files are named by the digest of its
+content. Rows with a size of their own lie apart, a file per size, for a batch has one shape.
 """
 
-import csv
 import hashlib
-import io
 import json
-import re
-import unicodedata
-from collections.abc import Iterable, Iterator
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from dmd_core.files import write_atomic
 from dmd_core.noise import stable_seed
 from pipelines.config import StorageSection
-from pipelines.storage import Store, open_store
+from pipelines.prompt_files import (
+    PromptError,
+    PromptFile,
+    PromptSource,
+    hash_file,
+    list_files,
+    read_rows,
+)
+from pipelines.prompt_records import (
+    RECORD_FORMAT,
+    LandedFile,
+    LandedPrompts,
+    PreparedPrompts,
+    PreparedTable,
+    find_record,
+)
+from pipelines.prompt_rows import PromptRow
+from pipelines.prompt_sort import LANDED, SPILLED, RowBuckets, SameIdError, TableFiles
+from pipelines.storage import Store
 
-MAX_PROMPT_CHARACTERS = 10_000
-# Small row groups: the id filter of a resumed run streams through them.
-_ROW_GROUP_ROWS = 65_536
-_COLUMN = "prompt"
-_SCHEMA = pa.schema([("pair_id", pa.int64()), ("prompt", pa.string()), ("seed", pa.int64())])
+__all__ = [
+    "LandedFile",
+    "LandedPrompts",
+    "PreparedPrompts",
+    "PromptError",
+    "PromptList",
+    "PromptSource",
+    "find_landed",
+    "land_prompts",
+    "prepare_prompts",
+    "read_prompts",
+]
 
-
-class PromptError(ValueError):
-    """A prompt file that cannot be used; names the file and, where there is one, the line."""
+_MAX_SIZES = 64  # each keeps a Parquet file open, and compiles the teacher anew
+_CHUNK_ROWS, _CHUNK_CHARACTERS = 32_768, 32 << 20
 
 
 @dataclass(frozen=True)
 class PromptList:
-    """Distinct prompts in the order of the file, and how many repeated ones were dropped."""
+    """Distinct prompts in the order of the files, and how many repeated ones were dropped."""
 
     prompts: tuple[str, ...]
     duplicates: int
 
 
-@dataclass(frozen=True)
-class LandedPrompts:
-    """The landed table: `path` inside the data set's store, its rows and the digest of its rows."""
-
-    path: str
-    rows: int
-    digest: str
-    duplicates: int
-
-
 def land_prompts(
-    source: str,
+    source: PromptSource | str,
     options: StorageSection | None,
     target: Store,
     *,
     seed: int,
     samples_per_prompt: int,
 ) -> LandedPrompts:
-    """Read the prompt file `source` and write its rows under `target`/prompts.
+    """Read the prompts of `source` and write their rows under `target`/prompts.
 
-    Raises `PromptError` for a file that cannot be used.
+    Raises `PromptError` for a file that cannot be used; nothing is written then.
     """
-    found = read_prompts(source, options)
-    table = _to_table(found.prompts, seed=seed, samples_per_prompt=samples_per_prompt)
-    digest = _digest(table)
-    path = target.path("prompts", f"{digest}.parquet")
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=_ROW_GROUP_ROWS)
-    write_atomic(target.fs, path, buffer.getvalue())
-    return LandedPrompts(path, table.num_rows, digest, found.duplicates)
+    with tempfile.TemporaryDirectory(prefix="dmd-prompts-") as folder:
+        prepared = prepare_prompts(
+            source, options, folder, seed=seed, samples_per_prompt=samples_per_prompt
+        )
+        return prepared.publish(target)
 
 
-def read_prompts(source: str, options: StorageSection | None = None) -> PromptList:
-    """The prompts of a txt, csv, jsonl or parquet file, local or s3://. Nothing is written."""
-    readers = {"txt": _from_txt, "csv": _from_csv, "jsonl": _from_jsonl, "parquet": _from_parquet}
-    suffix = source.rsplit(".", 1)[-1].lower()
-    if suffix not in readers:
-        raise PromptError(f"{source}: expected a file that ends in .txt, .csv, .jsonl or .parquet")
-    raw = _read_bytes(source, options)
+def find_landed(
+    source: PromptSource | str,
+    options: StorageSection | None,
+    root: Store,
+    *,
+    seed: int,
+    samples_per_prompt: int,
+) -> LandedPrompts | None:
+    """What was landed from these very bytes with these settings; None: not yet, or a table is gone.
+
+    Reads the bytes of the source files, but not their rows.
+    """
+    source = _as_source(source)
+    key = _source_key(list_files(source, options), source.column, seed, samples_per_prompt)
+    return find_record(root, key)
+
+
+def read_prompts(source: PromptSource | str, options: StorageSection | None = None) -> PromptList:
+    """The distinct prompts of a source, without their negative prompts and sizes; nothing is
+    written."""
+    source = _as_source(source)
     seen: dict[str, None] = {}
     count = 0
-    for place, text in readers[suffix](source, raw):
-        seen[_checked(text, place)] = None
+    for row in _read(list_files(source, options), source):
+        seen[row.prompt] = None
         count += 1
-    if not seen:
-        raise PromptError(f"{source}: holds no prompts; expected at least one")
     return PromptList(tuple(seen), count - len(seen))
 
 
-def _read_bytes(source: str, options: StorageSection | None) -> bytes:
-    store = open_store(source, options)
-    try:
-        return cast(bytes, store.fs.cat_file(store.root))
-    except FileNotFoundError as error:
-        raise PromptError(f"{source}: no such file") from error
-    except IsADirectoryError as error:
-        raise PromptError(f"{source}: is a folder; expected a file of prompts") from error
+def prepare_prompts(
+    source: PromptSource | str,
+    options: StorageSection | None,
+    folder: str,
+    *,
+    seed: int,
+    samples_per_prompt: int,
+) -> PreparedPrompts:
+    """Read the prompts of `source` and write their tables into the local `folder`.
 
-
-# ---------------------------------------------------------------- formats: (place, text) per prompt
-
-
-def _from_txt(source: str, raw: bytes) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(re.split(r"\r\n|\n|\r", _decode(source, raw)), start=1):
-        if line.strip():
-            yield f"{source}, line {number}", line
-
-
-def _from_csv(source: str, raw: bytes) -> Iterator[tuple[str, str]]:
-    rows = csv.DictReader(io.StringIO(_decode(source, raw), newline=""), strict=True)
-    try:
-        if rows.fieldnames is None:
-            return
-        _require_column(source, list(rows.fieldnames))
-        for row in rows:
-            yield f"{source}, line {rows.line_num}", row[_COLUMN] or ""
-    except csv.Error as error:
-        raise PromptError(f"{source}, line {rows.reader.line_num}: not CSV: {error}") from error
-
-
-def _from_jsonl(source: str, raw: bytes) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(re.split(r"\r\n|\n|\r", _decode(source, raw)), start=1):
-        if not line.strip():
-            continue
-        place = f"{source}, line {number}"
+    Memory does not grow with the number of prompts; `folder` holds the rows twice for a while.
+    """
+    source = _as_source(source)
+    files = list_files(source, options)
+    stamps = _stamps(files)
+    key = _source_key(files, source.column, seed, samples_per_prompt)
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as spilled:
+        buckets = RowBuckets(spilled)
         try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise PromptError(f"{place}: not JSON: {error}") from error
-        if not isinstance(value, dict) or not isinstance(value.get(_COLUMN), str):
-            raise PromptError(f'{place}: expected {{"{_COLUMN}": "…"}}, found {line[:80]}')
-        yield place, value[_COLUMN]
+            _spill(_read(files, source), seed, samples_per_prompt, buckets)
+        finally:
+            buckets.close()
+        for file, before, after in zip(files, stamps, _stamps(files), strict=True):
+            if before != after:
+                raise PromptError(
+                    f"{file.name}: changed while it was read; run the same command again"
+                )
+        tables, digest = _merge(buckets, seed, folder)
+    rows = sum(table.rows for table in tables)
+    return PreparedPrompts(tables, rows, digest, buckets.duplicates, key)
 
 
-def _from_parquet(source: str, raw: bytes) -> Iterator[tuple[str, str]]:
-    try:
-        file = pq.ParquetFile(io.BytesIO(raw))
-        _require_column(source, file.schema_arrow.names)
-        kind = file.schema_arrow.field(_COLUMN).type
-        text = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
-            raise PromptError(f"{source}: column {_COLUMN!r} is {kind}; expected string")
-        values = file.read(columns=[_COLUMN])[_COLUMN].to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise PromptError(f"{source}: not a Parquet file: {error}") from error
-    for number, value in enumerate(values, start=1):
-        yield f"{source}, row {number}", value or ""
+# ---------------------------------------------------------------- reading
 
 
-def _require_column(source: str, names: Iterable[str]) -> None:
-    if _COLUMN not in names:
-        found = ", ".join(map(repr, names)) or "none"
-        raise PromptError(f"{source}: no column {_COLUMN!r}; found {found}")
+def _as_source(source: PromptSource | str) -> PromptSource:
+    return PromptSource((source,)) if isinstance(source, str) else source
 
 
-def _decode(source: str, raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise PromptError(
-            f"{source}, line {line}: byte 0x{raw[error.start]:02x} is not UTF-8 text"
-        ) from error
+def _names(source: PromptSource) -> str:
+    more = len(source.files) - 3
+    return ", ".join(source.files[:3]) + (f" and {more} more" if more > 0 else "")
 
 
-def _checked(text: str, place: str) -> str:
-    """The prompt as it is stored: NFC, without surrounding white space."""
-    prompt = unicodedata.normalize("NFC", text).strip()
-    if not prompt:
-        raise PromptError(f"{place}: empty prompt")
-    if len(prompt) > MAX_PROMPT_CHARACTERS:
-        raise PromptError(
-            f"{place}: a prompt of {len(prompt):,} characters; "
-            f"expected at most {MAX_PROMPT_CHARACTERS:,}"
-        )
-    for character in prompt:
-        # Cc: control characters; Cs: half of a surrogate pair, which UTF-8 cannot hold.
-        if unicodedata.category(character) in ("Cc", "Cs") and character not in "\t\r\n":
-            raise PromptError(
-                f"{place}: control character U+{ord(character):04X}; expected plain text"
-            )
-    return prompt
+def _read(files: Iterable[PromptFile], source: PromptSource) -> Iterator[PromptRow]:
+    empty = True
+    for file in files:
+        for row in read_rows(file, source.column):
+            empty = False
+            yield row
+    if empty:
+        raise PromptError(f"{_names(source)}: holds no prompts; expected at least one")
+
+
+def _stamps(files: Sequence[PromptFile]) -> list[str]:
+    """One per file: another one if the file was written to."""
+    return [file.fs.ukey(file.path) for file in files]
+
+
+def _source_key(
+    files: Sequence[PromptFile], column: str, seed: int, samples_per_prompt: int
+) -> str:
+    """Equal bytes under another suffix are other prompts: the kind of each file is a part."""
+    hashes = [[file.kind, hash_file(file)] for file in files]
+    parts = [RECORD_FORMAT, column, seed, samples_per_prompt, hashes]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- rows
 
 
-def _to_table(prompts: tuple[str, ...], *, seed: int, samples_per_prompt: int) -> pa.Table:
-    rows: dict[int, tuple[str, int]] = {}
-    for prompt in prompts:
-        for index in range(samples_per_prompt):
-            pair_id = stable_seed("pair", seed, prompt, index)
-            if pair_id in rows:
-                raise PromptError(
-                    f"prompts {rows[pair_id][0]!r} and {prompt!r} have the same id {pair_id}; "
-                    "choose another data-set seed"
-                )
-            rows[pair_id] = (prompt, stable_seed("noise", seed, prompt, index))
-    ids = sorted(rows)
-    columns = [ids, [rows[key][0] for key in ids], [rows[key][1] for key in ids]]
-    return pa.table(columns, schema=_SCHEMA)
+def _identity(use: str, seed: int, row: PromptRow, sample: int) -> int:
+    """What a row does not have is no part, so that plain prompts keep their ids."""
+    negative = () if row.negative_prompt is None else ("negative", row.negative_prompt)
+    size = () if row.height is None or row.width is None else ("size", row.height, row.width)
+    return stable_seed(use, seed, row.prompt, sample, *negative, *size)
 
 
-def _digest(table: pa.Table) -> str:
-    """sha256 of the rows themselves: the same under any version of the Parquet writer."""
-    digest = hashlib.sha256()
-    for row in zip(*(column.to_pylist() for column in table.columns), strict=True):
-        digest.update(json.dumps(row).encode() + b"\n")
-    return digest.hexdigest()
+def _chunks(rows: Iterable[PromptRow], samples: int) -> Iterator[list[PromptRow]]:
+    chunk, characters = [], 0
+    for row in rows:
+        chunk.append(row)
+        characters += len(row.prompt) + len(row.negative_prompt or "")
+        if len(chunk) * samples >= _CHUNK_ROWS or characters * samples >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _numbered(rows: Sequence[PromptRow], seed: int, samples: int) -> pa.Table:
+    """Each row `samples` times, with its ids."""
+    found = [(_identity("pair", seed, r, i), *r, i) for r in rows for i in range(samples)]
+    return pa.table([list(column) for column in zip(*found, strict=True)], schema=SPILLED)
+
+
+def _spill(rows: Iterable[PromptRow], seed: int, samples: int, buckets: RowBuckets) -> None:
+    sizes = set()
+    for chunk in _chunks(rows, samples):
+        buckets.add(_numbered(chunk, seed, samples))
+        sizes.update((row.height, row.width) for row in chunk)
+        if len(sizes) > _MAX_SIZES:
+            raise PromptError(
+                f"the prompts have more than {_MAX_SIZES} different sizes; expected at most "
+                f"{_MAX_SIZES}, for each makes batches of its own"
+            )
+
+
+def _merge(buckets: RowBuckets, seed: int, folder: str) -> tuple[tuple[PreparedTable, ...], str]:
+    """The tables, and the digest of all rows in order of pair_id."""
+    digest, tables = hashlib.sha256(), TableFiles(folder)
+    try:
+        for bucket in buckets.sorted():
+            tables.add(_finished(bucket, seed, digest), bucket["height"], bucket["width"])
+    except SameIdError as error:
+        one, other = error.prompts
+        raise PromptError(
+            f"prompts {one!r} and {other!r} have the same id {error.pair_id}; "
+            "choose another data-set seed"
+        ) from error
+    finally:
+        written = tables.close()
+    landed = [PreparedTable(path, n, *(size or (None, None))) for size, path, n in written]
+    return tuple(landed), digest.hexdigest()
+
+
+def _finished(table: pa.Table, seed: int, digest: Any) -> pa.Table:
+    """Distinct rows in order of pair_id → the same with their seeds; `digest` takes them in.
+
+    It is a digest of the rows themselves: the same under any version of the Parquet writer.
+    """
+    ids, prompts, negatives, heights, widths, samples = (c.to_pylist() for c in table.columns)
+    seeds = []
+    rows = map(PromptRow, prompts, negatives, heights, widths)
+    for pair_id, row, sample in zip(ids, rows, samples, strict=True):
+        noise = _identity("noise", seed, row, sample)
+        seeds.append(noise)
+        own = () if row[1:] == (None, None, None) else row[1:]
+        digest.update(json.dumps((pair_id, row.prompt, noise, *own)).encode() + b"\n")
+    columns = [table["pair_id"], table["prompt"], pa.array(seeds), table["negative_prompt"]]
+    return pa.table(columns, schema=LANDED)

@@ -1,13 +1,14 @@
 """Sealing: the files of one generation → a version of the data set.
 
-Each data file is inspected once, on its own and anywhere; what is put together here is ids and
-figures. A row may be stored twice (a writer that was thought dead went on): the first file in name
-order wins. Rows that nobody asks for any more stay where they are and are left out of the version.
+Only files whose writing was finished count: those with an entry in the ledger, and those that an
+earlier version names. Each is inspected once, on its own and anywhere; what is put together here is
+ids and figures. A row may be stored twice (a writer that was thought dead went on): the file that
+an earlier version names wins, else the first in name order, which starts with the writer's fence.
+Rows that nobody asks for any more stay where they are and are left out of the version.
 """
 
 import hashlib
 import io
-import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.collect import data_base
+from pipelines.commits import list_files
+from pipelines.lease import Lease
 from pipelines.manifest import (
     SCHEMA_VERSION,
     ExcludedRow,
@@ -25,15 +29,17 @@ from pipelines.manifest import (
     ManifestFile,
     commit_manifest,
     latest_manifest,
+    latest_of,
 )
 from pipelines.pairs import (
     Fingerprint,
     PairSchemaError,
-    decode_pairs,
     fingerprint_digest,
     library_versions,
+    pair_facts,
 )
 from pipelines.prompts import LandedPrompts
+from pipelines.rejects import read_rejects
 from pipelines.storage import Store
 
 
@@ -41,16 +47,20 @@ class SealError(RuntimeError):
     """The generation's files do not make a whole version."""
 
 
+class MissingRowsError(SealError):
+    """Rows are neither stored nor rejected: the generation is not finished."""
+
+
 @dataclass(frozen=True)
 class FileFacts:
-    """One inspected file. `moments` (rows, 4) float64: sum, sum of squares, min, max of latents."""
+    """One inspected file. `moments` (rows, 5) float64: number, sum, sum of squares, min and max of
+    each row's latent values."""
 
     key: str
     bytes: int
     sha256: str
     row_groups: tuple[int, ...]
     pair_ids: np.ndarray
-    elements: int
     moments: np.ndarray
 
 
@@ -68,25 +78,21 @@ def seal_generation(
     fingerprint: Fingerprint,
     prompts: LandedPrompts,
     *,
+    lease: Lease | None = None,
     map_files: MapFiles = map_in_threads,
 ) -> Manifest:
     """Check the generation's files against the landed prompts and commit a version.
 
     Raises `SealError` for a damaged or foreign file, and when rows are missing that were not
-    rejected. A version that would say what the newest one says already is not written again.
+    rejected (under this `lease`, where there is one). A version that would say what the newest one
+    says already is not written again.
     """
-    keys = data_keys(root, fingerprint)
+    keys = data_keys(root, fingerprint, latest_of(root, fingerprint.digest))
     facts = list(map_files(Inspector(root, fingerprint.digest), keys))
     asked = landed_ids(root, prompts)
     files, unused, kept = _choose_rows(facts, asked)
     stored = np.concatenate([ids for ids, _ in kept]) if kept else np.empty(0, np.int64)
-    missing = np.setdiff1d(asked, stored)
-    rejected = np.intersect1d(missing, rejected_ids(root, fingerprint))
-    if len(rejected) < len(missing):
-        raise SealError(
-            f"{root.path(fingerprint.folder)}: {len(missing) - len(rejected)} of {len(asked)} "
-            "rows are neither stored nor rejected; run the generation again"
-        )
+    rejected = _rejected_of(root, fingerprint, lease, asked, stored)
     if not len(stored):
         raise SealError(
             f"{root.path(fingerprint.folder)}: the teacher gave no usable pair; the reasons are "
@@ -102,49 +108,60 @@ def seal_generation(
         excluded_files=tuple(unused),
         rejected_ids=tuple(rejected.tolist()),
         rows=len(stored),
-        statistics=_statistics(np.concatenate([part for _, part in kept]), facts[0].elements),
+        statistics=_statistics(np.concatenate([moments for _, moments in kept])),
+        fence=lease.fence if lease else 0,
     )
     newest = latest_manifest(root)
     if newest is not None and newest.same_pairs(body):
         return newest
-    return commit_manifest(root, body)
+    return commit_manifest(root, body, lease)
 
 
-def data_keys(root: Store, fingerprint: Fingerprint) -> list[str]:
-    """The generation's data files in name order, as keys relative to the data set's root."""
-    return [f"{fingerprint.folder}/data/{name}" for name in list_names(root, fingerprint, "data")]
+def _rejected_of(
+    root: Store,
+    fingerprint: Fingerprint,
+    lease: Lease | None,
+    asked: np.ndarray,
+    stored: np.ndarray,
+) -> np.ndarray:
+    """The missing ids, all of which were rejected; raises `MissingRowsError` if one was not."""
+    missing = np.setdiff1d(asked, stored)
+    rejects = read_rejects(root, fingerprint.folder, fence=lease.fence if lease else None)
+    rejected = np.intersect1d(missing, np.fromiter(rejects, np.int64, len(rejects)))
+    if len(rejected) < len(missing):
+        raise MissingRowsError(
+            f"{root.path(fingerprint.folder)}: {len(missing) - len(rejected)} of {len(asked)} "
+            "rows are neither stored nor rejected; run the generation again"
+        )
+    return rejected
+
+
+def data_keys(root: Store, fingerprint: Fingerprint, earlier: Manifest | None = None) -> list[str]:
+    """The generation's finished data files, as keys relative to the data set's root: first those
+    that the `earlier` version names, then the others in name order."""
+    folder = f"{fingerprint.folder}/data"
+    present = list_names(root, fingerprint, "data")
+    ledger = set(list_names(root, fingerprint, "ledger"))
+    finished = [name for name in present if f"{data_base(name)}.parquet" in ledger]
+    known = [file.key for file in earlier.files] if earlier else []
+    there = {f"{folder}/{name}" for name in present}
+    first = [key for key in known if key in there]
+    seen = set(first)
+    return first + [key for name in finished if (key := f"{folder}/{name}") not in seen]
 
 
 def list_names(root: Store, fingerprint: Fingerprint, part: str) -> list[str]:
     """Names of the files in one folder of the generation (data, ledger or rejects), sorted."""
-    try:
-        entries = root.fs.ls(root.path(fingerprint.folder, part), detail=True)
-    except FileNotFoundError:
-        return []
-    return sorted(entry["name"].rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
+    return list_files(root, root.path(fingerprint.folder, part))
 
 
 def landed_ids(root: Store, prompts: LandedPrompts) -> np.ndarray:
     """The ids that are asked for, ascending, int64."""
-    table = pq.read_table(io.BytesIO(_read(root, prompts.path)), columns=["pair_id"])
-    return np.sort(table["pair_id"].to_numpy())
-
-
-def rejected_ids(root: Store, fingerprint: Fingerprint) -> np.ndarray:
-    """All ids that any run of this generation ever rejected, int64."""
-    found: list[int] = []
-    for name in list_names(root, fingerprint, "rejects"):
-        path = root.path(fingerprint.folder, "rejects", name)
-        try:
-            lines = _read(root, path).decode().splitlines()
-            found += [int(json.loads(line)["pair_id"]) for line in lines]
-        except (ValueError, KeyError, TypeError) as error:
-            raise SealError(f"{path} is not a list of rejected rows: {error}") from error
-    return np.array(found, dtype=np.int64)
-
-
-def _read(root: Store, path: str) -> bytes:
-    return cast(bytes, root.fs.cat_file(path))
+    parts = [
+        pq.read_table(file.path, columns=["pair_id"], filesystem=root.arrow)["pair_id"].to_numpy()
+        for file in prompts.files
+    ]
+    return np.sort(np.concatenate(parts))
 
 
 @dataclass(frozen=True)
@@ -156,11 +173,11 @@ class Inspector:
 
     def __call__(self, key: str) -> FileFacts:
         path = self.root.path(key)
-        raw = _read(self.root, path)
+        raw = cast(bytes, self.root.fs.cat_file(path))
         try:
             file = pq.ParquetFile(io.BytesIO(raw))
             table = file.read()
-            batch = decode_pairs(table)
+            pair_ids, _, latents = pair_facts(table)
         except (pa.ArrowException, OSError, PairSchemaError) as error:
             raise SealError(
                 f"{path} cannot be read; move it away and run again, and its rows will be made "
@@ -171,20 +188,32 @@ class Inspector:
                 f"{path} was made by {fingerprint_digest(table.schema)[:16]}, "
                 f"but lies in generation {self.fingerprint_digest[:16]}"
             )
-        latents = batch.latents.double().flatten(1)
-        if not bool(latents.isfinite().all()):
+        if not np.isfinite(latents).all():
             raise SealError(f"{path} holds latents that are not finite")
-        moments = [latents.sum(1), latents.square().sum(1), latents.amin(1), latents.amax(1)]
         counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         return FileFacts(
             key=key,
             bytes=len(raw),
             sha256=hashlib.sha256(raw).hexdigest(),
             row_groups=tuple(counts),
-            pair_ids=np.array(batch.pair_ids, dtype=np.int64),
-            elements=latents.shape[1],
-            moments=np.stack([moment.numpy() for moment in moments], axis=1),
+            pair_ids=pair_ids,
+            moments=_moments(latents),
         )
+
+
+def _moments(latents: np.ndarray) -> np.ndarray:
+    """(rows, 5) float64 of latents (rows, values); see `FileFacts`."""
+    values = latents.astype(np.float64)
+    return np.stack(
+        [
+            np.full(len(values), values.shape[1], dtype=np.float64),
+            values.sum(1),
+            np.square(values).sum(1),
+            values.min(1),
+            values.max(1),
+        ],
+        axis=1,
+    )
 
 
 def _choose_rows(
@@ -228,14 +257,14 @@ def _choose_rows(
     return files, unused, kept
 
 
-def _statistics(moments: np.ndarray, elements: int) -> dict[str, float]:
-    """Of all latents of the version's rows."""
-    count = len(moments) * elements
-    mean = moments[:, 0].sum() / count
-    variance = max(0.0, moments[:, 1].sum() / count - mean**2)
+def _statistics(moments: np.ndarray) -> dict[str, float]:
+    """Of all latents of the version's rows; `moments` as in `FileFacts`."""
+    count = moments[:, 0].sum()
+    mean = moments[:, 1].sum() / count
+    variance = max(0.0, moments[:, 2].sum() / count - mean**2)
     return {
         "latent_mean": float(mean),
         "latent_std": float(variance**0.5),
-        "latent_min": float(moments[:, 2].min()),
-        "latent_max": float(moments[:, 3].max()),
+        "latent_min": float(moments[:, 3].min()),
+        "latent_max": float(moments[:, 4].max()),
     }

@@ -1,8 +1,7 @@
 """Stations 2–4 inside one worker: seeds → noise → teacher ODE → rows, and the reject lane."""
 
-import json
 import shutil
-import uuid
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +10,13 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from dmd_core.files import write_atomic
 from dmd_core.noise import sample_noise
 from dmd_core.teacher import TeacherError, load_teacher
 from dmd_core.types import PairBatch
 from pipelines.config import PairsSection, StorageSection
 from pipelines.pairs import Fingerprint, encode_pairs
+from pipelines.rejects import RejectedRow, write_rejects
+from pipelines.row_solver import RowSolver
 from pipelines.storage import Store, local_copy, open_store
 from pipelines.workers import set_threads
 
@@ -35,7 +35,11 @@ def teacher_folder(url: str, storage: StorageSection | None = None) -> Iterator[
 
 @dataclass(frozen=True)
 class TeacherTask:
-    """All that a worker needs to make pairs: plain values, sent once per worker."""
+    """All that a worker needs to make pairs: plain values, sent once per worker.
+
+    `height` and `width` (pixels) are those of the prompt file; None: the section's, and if that
+    says nothing, the teacher's own. `fence` is the number of the run's lease.
+    """
 
     section: PairsSection
     teacher_url: str
@@ -43,11 +47,17 @@ class TeacherTask:
     root: Store
     fingerprint: Fingerprint
     provenance: dict[str, str]
+    height: int | None = None
+    width: int | None = None
     board: Any = None
+    fence: int = 0
 
 
 class TeacherActor:
-    """The teacher, loaded once; called with rows (pair_id, prompt, seed), returns rows of pairs."""
+    """The teacher, loaded once; called with landed rows, returns rows of pairs.
+
+    A landed row is (pair_id, prompt, seed) and may have a negative_prompt; null: the section's.
+    """
 
     def __init__(self, task: TeacherTask) -> None:
         section = task.section
@@ -62,57 +72,63 @@ class TeacherActor:
             )
         self._task, self._section = task, section
         self._dtype: torch.dtype = getattr(torch, section.dtype)
-        self._shape = self._teacher.latent_shape(section.height, section.width)
+        self._shape = self._teacher.latent_shape(
+            task.height or section.height, task.width or section.width
+        )
+        self._solver = RowSolver(
+            self._solve,
+            batch_size=section.batch_size,
+            attempts=section.attempts,
+            dtype=self._dtype,
+        )
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         ids, prompts = rows["pair_id"].to_pylist(), rows["prompt"].to_pylist()
         seeds = rows["seed"].to_pylist()
+        negatives: list[str | None] = [None] * len(ids)
+        if "negative_prompt" in rows.column_names:
+            negatives = rows["negative_prompt"].to_pylist()
         noise = sample_noise(seeds, self._shape, self._dtype)
-        latents = self._solve(noise, prompts).to(self._dtype)
-        # After rounding: a latent beyond 65504 is finite in float32 and not in float16.
-        usable = latents.isfinite().flatten(1).all(1)
-        if not bool(usable.all()):
-            bad = (~usable).nonzero().flatten().tolist()
-            self._reject([(ids[i], prompts[i]) for i in bad])
-        good = usable.nonzero().flatten().tolist()
+        started = time.perf_counter()
+        solved = self._solver(noise, prompts, negatives)
+        busy = time.perf_counter() - started
+        if solved.faults:
+            rejected = [
+                RejectedRow(ids[fault.index], prompts[fault.index], fault.reason, fault.attempts)
+                for fault in solved.faults
+            ]
+            folder = self._task.fingerprint.folder
+            write_rejects(self._task.root, folder, rejected, fence=self._task.fence)
+        kept = list(solved.kept)
         batch = PairBatch(
-            tuple(ids[i] for i in good),
-            tuple(prompts[i] for i in good),
-            noise[good],
-            latents[good],
+            tuple(ids[i] for i in kept),
+            tuple(prompts[i] for i in kept),
+            noise[kept],
+            solved.latents,
         )
         table = encode_pairs(
             batch,
-            [seeds[i] for i in good],
+            [seeds[i] for i in kept],
+            negative_prompts=[negatives[i] for i in kept],
             fingerprint=self._task.fingerprint,
             provenance=self._task.provenance,
         )
         if self._task.board is not None:
-            self._task.board.advance.remote(len(ids))
+            self._task.board.advance.remote(len(ids), rejected=len(solved.faults), busy_s=busy)
         return table
 
-    def _solve(self, noise: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Latents (B,C,h,w) float32 on the CPU. A short batch is filled up: one shape for all."""
-        padding = max(0, self._section.batch_size - len(noise))
-        eps = torch.cat([noise, noise[:1].expand(padding, *noise.shape[1:])])
-        latents = self._teacher.solve(
+    def _solve(
+        self, eps: torch.Tensor, prompts: Sequence[str], negatives: Sequence[str | None]
+    ) -> torch.Tensor:
+        section = self._section
+        return self._teacher.solve(
             eps,
-            [*prompts, *[prompts[0]] * padding],
-            solver=self._section.solver,
-            steps=self._section.steps,
-            guidance_scale=self._section.guidance_scale,
-            negative_prompt=self._section.negative_prompt,
-            compute_dtype=getattr(torch, self._section.compute_dtype),
+            prompts,
+            solver=section.solver,
+            steps=section.steps,
+            guidance_scale=section.guidance_scale,
+            negative_prompt=[
+                section.negative_prompt if text is None else text for text in negatives
+            ],
+            compute_dtype=getattr(torch, section.compute_dtype),
         )
-        return latents[: len(noise)].cpu()
-
-    def _reject(self, rows: Sequence[tuple[int, str]]) -> None:
-        """Written rows are never made again; these are not written, so the next run tries them."""
-        reason = f"the latents are not finite in {self._section.dtype}"
-        lines = [
-            json.dumps({"pair_id": pair_id, "prompt": prompt, "reason": reason}) + "\n"
-            for pair_id, prompt in rows
-        ]
-        folder = self._task.root.path(self._task.fingerprint.folder, "rejects")
-        path = f"{folder}/{uuid.uuid4().hex}.jsonl"
-        write_atomic(self._task.root.fs, path, "".join(lines).encode())

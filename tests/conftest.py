@@ -1,20 +1,22 @@
-"""What the whole test session shares: one Ray, one tiny teacher, one S3 server."""
+"""What the whole test session shares: one Ray, one tiny teacher, two S3 servers."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
 
+from tests.s3_servers import ACCESS_KEY, SECRET_KEY, new_bucket, seaweedfs
+
 # Before Ray is imported anywhere: its workers inherit this environment, and with it the
-# credentials of the S3 server below.
+# credentials of the S3 servers below.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_memory_monitor_refresh_ms": "0",
-    "AWS_ACCESS_KEY_ID": "test",
-    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+    "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
     "AWS_DEFAULT_REGION": "us-east-1",
 }
 
@@ -87,11 +89,26 @@ def s3_options(s3_endpoint):
 
 
 @pytest.fixture
-def s3_store(s3_options, request):
-    """An empty folder in a bucket of the S3 server."""
-    from pipelines.storage import open_store
+def s3_store(s3_options):
+    """An empty folder in a bucket of the S3 server in memory."""
+    return new_bucket(s3_options, "set")
 
-    name = request.node.name.replace("[", "-").replace("]", "").replace("_", "-").lower()
-    store = open_store(f"s3://{name[:60]}/set", s3_options)
-    store.fs.mkdir(name[:60])
-    return store
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory) -> Iterator[str]:
+    """The URL of a SeaweedFS: real conditions, multipart uploads and signatures, data on disk."""
+    with seaweedfs(tmp_path_factory.mktemp("seaweed")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def seaweed_options(seaweed):
+    from pipelines.config import StorageSection
+
+    return StorageSection(endpoint_url=seaweed)
+
+
+@pytest.fixture
+def seaweed_store(seaweed_options):
+    """An empty folder in a bucket of SeaweedFS."""
+    return new_bucket(seaweed_options, "set")

@@ -1,16 +1,21 @@
 """A driver of its own, to be killed: `generate_driver.py ROOT TEACHER PROMPTS SECTION_JSON`."""
 
 import sys
+from contextlib import contextmanager
 
 import ray
 
+from dmd_core.teacher import teacher_revision
 from pipelines.config import PairsSection, StorageSection
-from pipelines.generate import generate_pairs
-from pipelines.prompts import land_prompts
+from pipelines.factory import PairOrder, fill_order
+from pipelines.pairs import fingerprint_of
+from pipelines.progress import ProgressBoard
+from pipelines.prompts import PromptSource
 from pipelines.storage import open_store
 
 
-def main(root_path: str, teacher: str, prompts: str, section_json: str) -> None:
+@contextmanager
+def watch(rows: int):
     ray.init(
         address="local",
         num_cpus=4,
@@ -18,14 +23,20 @@ def main(root_path: str, teacher: str, prompts: str, section_json: str) -> None:
         include_dashboard=False,
         log_to_driver=False,
     )
+    yield ProgressBoard.remote()
+
+
+def main(root_path: str, teacher: str, prompts: str, section_json: str) -> None:
     section = PairsSection.model_validate_json(section_json)
-    root = open_store(root_path)
-    landed = land_prompts(
-        prompts, None, root, seed=section.seed, samples_per_prompt=section.samples_per_prompt
+    order = PairOrder(
+        section=section,
+        source=PromptSource((prompts,)),
+        teacher_url=teacher,
+        fingerprint=fingerprint_of(section, teacher_revision(teacher)),
+        storage=StorageSection(),
+        root=open_store(root_path),
     )
-    generate_pairs(
-        section, teacher_url=teacher, storage=StorageSection(), root=root, prompts=landed
-    )
+    fill_order(order, watch, purpose="driver")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ import torch
 from dmd_core.files import write_atomic
 from dmd_core.noise import sample_noise
 from dmd_core.types import PairBatch
+from pipelines.collect import data_base
 from pipelines.pairs import Fingerprint, encode_pairs
-from pipelines.prompts import LandedPrompts
+from pipelines.prompts import LandedFile, LandedPrompts
 from pipelines.storage import Store
 
 SHAPE = (2, 3, 4)
@@ -30,6 +31,11 @@ FINGERPRINT = Fingerprint(
 )
 
 
+def negative_prompt(pair_id: int) -> str | None:
+    """Every fourth pair has one of its own."""
+    return None if pair_id % 4 else f"not {pair_id}"
+
+
 def made_batch(ids: Sequence[int], dtype: torch.dtype = torch.float16) -> PairBatch:
     """Pairs whose tensors follow from their ids, so that any mix-up shows."""
     noise, latents = sample_noise(ids, SHAPE, dtype), sample_noise([i + 1 for i in ids], SHAPE)
@@ -37,7 +43,13 @@ def made_batch(ids: Sequence[int], dtype: torch.dtype = torch.float16) -> PairBa
 
 
 def made_table(ids: Sequence[int], fingerprint: Fingerprint = FINGERPRINT):
-    return encode_pairs(made_batch(ids), list(ids), fingerprint=fingerprint, provenance={"a": "1"})
+    return encode_pairs(
+        made_batch(ids),
+        list(ids),
+        negative_prompts=[negative_prompt(i) for i in ids],
+        fingerprint=fingerprint,
+        provenance={"a": "1"},
+    )
 
 
 def write_file(
@@ -47,21 +59,38 @@ def write_file(
     *,
     row_group_rows: int = 4,
     fingerprint: Fingerprint = FINGERPRINT,
+    finished: bool = True,
 ) -> str:
-    """One data file of the generation; returns its path."""
-    buffer = io.BytesIO()
-    pq.write_table(made_table(ids, fingerprint), buffer, row_group_size=row_group_rows)
+    """One data file `<base>-<number>.parquet` of the generation; returns its path.
+
+    `finished`: with the ledger entry that says so, as Ray Data writes it after the data.
+    """
     path = root.path(fingerprint.folder, "data", name)
-    write_atomic(root.fs, path, buffer.getvalue())
+    write_atomic(root.fs, path, _to_parquet(made_table(ids, fingerprint), row_group_rows))
+    if finished:
+        entry = root.path(fingerprint.folder, "ledger", f"{data_base(name)}.parquet")
+        ledger = pa.table({"pair_id": pa.array(ids, pa.int64())})
+        write_atomic(root.fs, entry, _to_parquet(ledger))
     return path
 
 
 def land_ids(root: Store, ids: Sequence[int]) -> LandedPrompts:
-    """A landed table that asks for exactly `ids`."""
-    table = pa.table({"pair_id": pa.array(sorted(ids), pa.int64())})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    """A landed table that asks for exactly the pairs `ids`."""
+    ids = sorted(ids)
+    columns = {
+        "pair_id": pa.array(ids, pa.int64()),
+        "prompt": pa.array([f"prompt {i}" for i in ids], pa.string()),
+        "seed": pa.array(ids, pa.int64()),
+        "negative_prompt": pa.array([negative_prompt(i) for i in ids], pa.string()),
+    }
+    content = _to_parquet(pa.table(columns))
+    digest = hashlib.sha256(content).hexdigest()
     path = root.path("prompts", f"{digest}.parquet")
-    write_atomic(root.fs, path, buffer.getvalue())
-    return LandedPrompts(path, len(ids), digest, 0)
+    write_atomic(root.fs, path, content)
+    return LandedPrompts((LandedFile(path, len(ids), None, None),), len(ids), digest, 0)
+
+
+def _to_parquet(table: pa.Table, row_group_rows: int | None = None) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=row_group_rows)
+    return buffer.getvalue()

@@ -5,27 +5,31 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import ray
 import torch
 from ray.data import DataContext
 
 from dmd_core.noise import sample_noise
-from dmd_core.teacher import TeacherError, teacher_revision
+from dmd_core.teacher import teacher_revision
+from pipelines import generate
 from pipelines.batches import PairReader
-from pipelines.config import PairsSection, StorageSection
-from pipelines.generate import forget_lost_files, generate_pairs
-from pipelines.manifest import find_sealed, list_versions
+from pipelines.config import ActorRange, PairsSection, StorageSection
+from pipelines.factory import PairOrder, fill_order
+from pipelines.generate import forget_lost_files, settle_ledger
+from pipelines.lease import LeaseHeldError, newest_fence
+from pipelines.manifest import list_versions
 from pipelines.pairs import fingerprint_of
 from pipelines.progress import ProgressBoard
-from pipelines.prompts import land_prompts
+from pipelines.prompts import PromptSource
 from pipelines.storage import open_store
+from pipelines.teacher_actor import teacher_folder
 from tests.conftest import CAPTIONS
-from tests.pipelines.made_pairs import FINGERPRINT, land_ids, write_file
+from tests.pipelines.made_pairs import FINGERPRINT, write_file
 
 SECTION = PairsSection(
     solver="dpmsolver++",
@@ -41,34 +45,39 @@ SECTION = PairsSection(
 
 
 class Job:
-    """One data set and what it takes to generate it; counts the rows that teachers handle."""
+    """One data set and what it takes to fill it; counts the rows that teachers handle."""
 
     def __init__(self, root, teacher, tmp_path, storage=None):
         self.root, self.teacher, self.tmp_path = root, teacher, tmp_path
         self.storage = storage or StorageSection()
 
-    def land(self, captions, section=SECTION):
+    def order(self, captions, section=SECTION):
         path = self.tmp_path / "prompts.txt"
         path.write_text("\n".join(captions))
-        samples = section.samples_per_prompt
-        return land_prompts(
-            str(path), None, self.root, seed=section.seed, samples_per_prompt=samples
+        with teacher_folder(self.teacher, self.storage) as folder:
+            fingerprint = fingerprint_of(section, teacher_revision(folder))
+        return PairOrder(
+            section, PromptSource((str(path),)), self.teacher, fingerprint, self.storage, self.root
         )
 
-    def run(self, captions, section=SECTION):
-        """(manifest, landed prompts, rows that a teacher handled)."""
-        board = ProgressBoard.remote()
-        landed = self.land(captions, section)
-        manifest = generate_pairs(
-            section,
-            teacher_url=self.teacher,
-            storage=self.storage,
-            root=self.root,
-            prompts=landed,
-            board=board,
+    def run(self, captions, section=SECTION, **options):
+        """(outcome, rows that a teacher handled in this run, what was said to have changed)."""
+        boards, changes = [], []
+
+        @contextmanager
+        def watch(rows):
+            boards.append(ProgressBoard.remote())
+            yield boards[-1]
+
+        outcome = fill_order(
+            self.order(captions, section),
+            watch,
+            purpose="a test",
+            on_changes=changes.append,
+            **options,
         )
-        done, _ = ray.get(board.read.remote())
-        return manifest, landed, done
+        assert len(boards) == bool(outcome.cost)
+        return outcome, outcome.cost.get("rows", 0), changes
 
     def files(self, manifest):
         folder = f"generations/{manifest.fingerprint_digest[:16]}/data"
@@ -79,13 +88,12 @@ def all_pairs(root, manifest):
     return PairReader(root, manifest, seed=0, verify=True).rows(np.arange(manifest.rows))
 
 
-def assert_complete(root, manifest, landed):
+def assert_complete(root, manifest):
     """Each asked row is there once, with the noise of its seed; returns the pairs."""
-    asked = {
-        row["pair_id"]: row for row in pq.read_table(landed.path, filesystem=root.arrow).to_pylist()
-    }
+    table = root.path("prompts", f"{manifest.prompts_digest}.parquet")
+    asked = {row["pair_id"]: row for row in pq.read_table(table, filesystem=root.arrow).to_pylist()}
     pairs = all_pairs(root, manifest)
-    assert sorted(pairs.pair_ids) == sorted(asked) and manifest.rows == len(asked) == landed.rows
+    assert sorted(pairs.pair_ids) == sorted(asked) and manifest.rows == len(asked)
     assert list(pairs.prompts) == [asked[pair_id]["prompt"] for pair_id in pairs.pair_ids]
     seeds = [asked[pair_id]["seed"] for pair_id in pairs.pair_ids]
     assert torch.equal(pairs.noise, sample_noise(seeds, pairs.noise.shape[1:], pairs.noise.dtype))
@@ -112,35 +120,50 @@ def test_prompts_become_a_sealed_version_that_only_ever_grows(
     ray_cluster, tmp_path, tiny_teacher_dir
 ):
     job = Job(open_store(str(tmp_path / "set")), tiny_teacher_dir, tmp_path)
-    first, landed, done = job.run(CAPTIONS)
-    assert (first.version, done, first.rejected) == (1, 15, 0)
-    pairs = assert_complete(job.root, first, landed)
+    outcome, done, changes = job.run(CAPTIONS)
+    first = outcome.manifest
+    assert (first.version, done, first.rejected, changes) == (1, 15, 0, [None])
+    assert outcome.cost["busy_s"] > 0 and outcome.cost["gpu_s"] == 0
+    pairs = assert_complete(job.root, first)
     assert all(max(file.row_groups) <= SECTION.row_group_rows for file in first.files)
+    assert all(file.key.rsplit("/", 1)[-1].startswith("000001_") for file in first.files)
     expected = integrate_with_diffusers(tiny_teacher_dir, pairs, SECTION)
     torch.testing.assert_close(pairs.latents.float(), expected, atol=2e-3, rtol=0)
 
     # Checkpointing left on would silently filter the rows of a later training job.
     assert DataContext.get_current().checkpoint_config is None
 
-    # The same command again: nothing to do, and known in no time.
+    # The same again: nothing to do, nothing written, no lease taken, and known in no time.
     before = job.files(first)
     started = time.perf_counter()
-    fingerprint = fingerprint_of(SECTION, teacher_revision(tiny_teacher_dir))
-    assert find_sealed(job.root, fingerprint.digest, landed.digest) == first
-    assert time.perf_counter() - started < 1.0
-    again, _, done = job.run(CAPTIONS)
-    assert (again, done, job.files(first)) == (first, 0, before)
+    again, done, changes = job.run(CAPTIONS)
+    assert time.perf_counter() - started < 2.0
+    assert (again.manifest, again.made, done, changes) == (first, False, 0, [])
+    assert job.files(first) == before and newest_fence(job.root) == 1
 
     # One more prompt: only its rows are made; a lost file: only its rows are made anew.
     lost = job.root.path(first.files[0].key)
     os.remove(lost)
-    grown, landed, done = job.run([*CAPTIONS, "a purple apple"])
+    outcome, done, changes = job.run([*CAPTIONS, "a purple apple"])
+    grown = outcome.manifest
     assert (grown.version, done) == (2, 3 + first.files[0].rows)
+    assert (changes[0].added, changes[0].removed, changes[0].settings) == (3, 0, {})
     assert before.keys() - {lost} <= job.files(grown).keys()
-    later = assert_complete(job.root, grown, landed)
+    later = assert_complete(job.root, grown)
     latents = dict(zip(later.pair_ids, later.latents, strict=True))
     for pair_id, latent in zip(pairs.pair_ids, pairs.latents, strict=True):
         torch.testing.assert_close(latents[pair_id], latent, atol=2e-3, rtol=0)
+
+    # A prompt that goes away retires its rows; one that comes back is rows again, made by nobody.
+    outcome, done, changes = job.run(CAPTIONS[:2], keep=1)
+    assert (outcome.manifest.version, outcome.manifest.rows, done) == (3, 6, 0)
+    assert (changes[0].added, changes[0].removed) == (0, 12)
+    assert outcome.collected.versions == (1, 2) and list_versions(job.root) == [3]
+    assert_complete(job.root, outcome.manifest)
+    outcome, done, changes = job.run([*CAPTIONS, "a purple apple"], keep=1)
+    assert (outcome.manifest.version, outcome.manifest.rows, done) == (4, 18, 0)
+    returned = assert_complete(job.root, outcome.manifest)
+    assert torch.equal(returned.latents[:1], later.latents[:1])
 
 
 def test_the_same_on_s3_and_other_settings_are_another_generation(
@@ -149,18 +172,21 @@ def test_the_same_on_s3_and_other_settings_are_another_generation(
     s3_store.fs.put(tiny_teacher_dir, s3_store.path("teacher"), recursive=True)
     teacher = f"{s3_store.url}/teacher"
     job = Job(s3_store.at("pairs"), teacher, tmp_path, s3_options)
-    first, landed, done = job.run(CAPTIONS[:3])
+    outcome, done, _ = job.run(CAPTIONS[:3])
+    first = outcome.manifest
     assert (first.version, done) == (1, 9)
     before = job.files(first)
-    pairs = assert_complete(job.root, first, landed)
+    pairs = assert_complete(job.root, first)
     expected = integrate_with_diffusers(tiny_teacher_dir, pairs, SECTION)
     torch.testing.assert_close(pairs.latents.float(), expected, atol=2e-3, rtol=0)
 
-    changed = SECTION.model_copy(update={"steps": 2})
-    second, landed, done = job.run(CAPTIONS[:3], changed)
+    changed = SECTION.model_copy(update={"steps": 2, "actors": ActorRange(min=1, max=2)})
+    outcome, done, changes = job.run(CAPTIONS[:3], changed, keep=2)
+    second = outcome.manifest
     assert (second.version, done) == (2, 9)
+    assert changes[0].settings == {"steps": (3, 2)} and changes[0].to_make == 9
     assert not job.files(second).keys() & before.keys() and job.files(first) == before
-    other = assert_complete(job.root, second, landed)
+    other = assert_complete(job.root, second)
     assert not torch.equal(other.latents, pairs.latents)
     assert list_versions(job.root) == [1, 2]
 
@@ -181,7 +207,8 @@ def test_a_killed_run_goes_on_where_it_ended(ray_cluster, tmp_path, tiny_teacher
     slow = {"rows_per_block": 4, "steps": 60, "samples_per_prompt": 6}
     section = SECTION.model_copy(update=slow)
     job = Job(open_store(str(tmp_path / "set")), tiny_teacher_dir, tmp_path)
-    landed = job.land(CAPTIONS, section)
+    job.order(CAPTIONS, section)  # writes the prompt file
+    rows = 6 * len(CAPTIONS)
     script = [sys.executable, "-m", "tests.pipelines.generate_driver"]
     arguments = [job.root.root, tiny_teacher_dir, str(tmp_path / "prompts.txt")]
     with open(tmp_path / "driver.log", "w") as log:
@@ -200,11 +227,14 @@ def test_a_killed_run_goes_on_where_it_ended(ray_cluster, tmp_path, tiny_teacher
             driver.send_signal(signal.SIGKILL)
             driver.wait()
     survived = wait_until_quiet(job.root)
-    assert 0 < survived < landed.rows and list_versions(job.root) == []
+    assert 0 < survived < rows and list_versions(job.root) == []
 
-    manifest, landed, done = job.run(CAPTIONS, section)
-    assert done == landed.rows - survived
-    assert_complete(job.root, manifest, landed)
+    outcome, done, _ = job.run(CAPTIONS, section)
+    manifest = outcome.manifest
+    assert done == rows - survived
+    # The dead driver's lease was taken over: its number in the log is void.
+    assert manifest.version == 2 and list_versions(job.root) == [2]
+    assert_complete(job.root, manifest)
     assert manifest.excluded_ids == () and manifest.excluded_files == ()
     assert not list(Path(job.root.root).glob("generations/*/ledger/*.pending.parquet"))
 
@@ -221,9 +251,9 @@ def wait_until_quiet(root):
 
 def test_ledger_entries_without_their_data_are_forgotten(tmp_path):
     root = open_store(str(tmp_path / "set"))
-    write_file(root, "set_write_000000-0.parquet", [1, 2])
-    write_file(root, "set_write_000001-0.parquet", [3])
-    write_file(root, "set_write_000001-1.parquet", [4])
+    write_file(root, "set_write_000000-0.parquet", [1, 2], finished=False)
+    write_file(root, "set_write_000001-0.parquet", [3], finished=False)
+    write_file(root, "set_write_000001-1.parquet", [4], finished=False)
     ledger = Path(root.path(FINGERPRINT.folder, "ledger"))
     ledger.mkdir()
     names = ["set_write_000000", "set_write_000001", "set_write_000002", "gone.pending"]
@@ -234,14 +264,53 @@ def test_ledger_entries_without_their_data_are_forgotten(tmp_path):
     assert left == sorted(f"{n}.parquet" for n in names if n != "set_write_000002")
 
 
-def test_an_unusable_teacher_is_an_error_before_any_work(tmp_path):
+def test_a_renaming_that_was_cut_in_half_is_finished(tmp_path):
+    """Left alone, Ray would delete the data of the entry that is pending and committed at once."""
     root = open_store(str(tmp_path / "set"))
-    with pytest.raises(TeacherError, match="nowhere has no model_index"):
-        generate_pairs(
-            SECTION,
-            teacher_url=str(tmp_path / "nowhere"),
-            storage=StorageSection(),
-            root=root,
-            prompts=land_ids(root, [1]),
-        )
-    assert not (tmp_path / "set" / "generations").exists()
+    ledger = Path(root.path(FINGERPRINT.folder, "ledger"))
+    ledger.mkdir(parents=True)
+    for name in ("a.parquet", "a.pending.parquet", "b.pending.parquet"):
+        (ledger / name).touch()
+    settle_ledger(root, FINGERPRINT)
+    assert sorted(path.name for path in ledger.iterdir()) == ["a.parquet", "b.pending.parquet"]
+
+
+def test_rows_whose_data_vanish_while_a_run_starts_are_made_in_the_same_run(
+    ray_cluster, tmp_path, tiny_teacher_dir, monkeypatch
+):
+    job = Job(open_store(str(tmp_path / "set")), tiny_teacher_dir, tmp_path)
+    outcome, _, _ = job.run(CAPTIONS[:2])
+    lost = job.root.path(outcome.manifest.files[0].key)
+    forget, calls = generate.forget_lost_files, []
+
+    def forget_then_lose(root, fingerprint):
+        calls.append(forget(root, fingerprint))
+        if len(calls) == 1:
+            os.remove(lost)
+        return calls[-1]
+
+    monkeypatch.setattr(generate, "forget_lost_files", forget_then_lose)
+    outcome, done, _ = job.run(CAPTIONS[:3])
+    assert done == 9  # three new ones, and in a second pass the six that were lost
+    assert [len(names) for names in calls] == [0, 1, 0]
+    assert_complete(job.root, outcome.manifest)
+
+
+def test_two_runs_at_the_same_moment_do_the_work_once(ray_cluster, tmp_path, tiny_teacher_dir):
+    job = Job(open_store(str(tmp_path / "set")), tiny_teacher_dir, tmp_path)
+    order, second = job.order(CAPTIONS[:2]), []
+
+    def start_again(changes):
+        try:
+            job.run(CAPTIONS[:2])
+        except LeaseHeldError as error:
+            second.append(str(error))
+
+    @contextmanager
+    def watch(rows):
+        yield ProgressBoard.remote()
+
+    outcome = fill_order(order, watch, purpose="the first", on_changes=start_again)
+    assert len(second) == 1 and "the first" in second[0]
+    assert outcome.manifest.rows == 6 and list_versions(job.root) == [1]
+    assert_complete(job.root, outcome.manifest)

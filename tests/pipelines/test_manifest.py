@@ -6,17 +6,20 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from pipelines import commits
 from pipelines import manifest as module
+from pipelines.commits import StoreError
 from pipelines.manifest import (
     SCHEMA_VERSION,
     ManifestBody,
     ManifestError,
-    StoreError,
     commit_manifest,
     find_sealed,
     latest_manifest,
     list_versions,
     load_manifest,
+    log_numbers,
+    void_next_number,
 )
 from pipelines.storage import Store, open_store
 from tests.pipelines.made_pairs import FINGERPRINT
@@ -92,6 +95,18 @@ def test_sealed_prompts_are_found_again_only_when_nothing_was_rejected(root):
     assert find_sealed(root, "0" * 64, "p") is None
 
 
+def test_a_void_number_is_no_version(root):
+    void_next_number(root, 7, "taken over")
+    first = commit_manifest(root, body())
+    void_next_number(root, 8, "taken over")
+    assert log_numbers(root) == [1, 2, 3] and list_versions(root) == [2]
+    assert latest_manifest(root) == first and commit_manifest(root, body()).version == 4
+    with pytest.raises(
+        ManifestError, match=r"000001\.json: no such version; sealed versions: 2, 4"
+    ):
+        load_manifest(root, 1)
+
+
 def test_nothing_to_do_is_known_without_ray_or_torch():
     code = "import sys, pipelines.manifest; print({'ray', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -156,7 +171,7 @@ def test_a_lost_race_takes_the_next_number_and_leaves_the_winner():
 
 
 def test_a_store_that_never_answers_is_an_error(monkeypatch):
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(commits.time, "sleep", lambda seconds: None)
     root = lossy(*["lost request"] * 50)
     with pytest.raises(StoreError, match="no reply"):
         commit_manifest(root, body())
@@ -175,7 +190,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(root, monkeypatch):
     def refuse(*_):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(module.os, "link", refuse)
+    monkeypatch.setattr(commits.os, "link", refuse)
     with pytest.raises(StoreError, match="read-only"):
         commit_manifest(root, body())
 
@@ -224,7 +239,7 @@ def test_keys_outside_the_generation_are_refused(key):
         ({"files": [file_entry(), file_entry()], "rows": 6}, "listed twice"),
         ({"files": [file_entry(bytes=1 << 60)]}, "less than"),
         ({"fingerprint_digest": "0" * 64}, "not the digest of fingerprint"),
-        ({"schema_version": 2}, "this program reads 1"),
+        ({"schema_version": 1}, "this program reads 2"),
         (
             {"files": [file_entry(excluded=[{"row": 4, "pair_id": 1, "reason": "duplicate"}])]},
             "ascending within 4 rows",

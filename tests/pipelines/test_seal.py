@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 
 from dmd_core.files import write_atomic
+from pipelines.lease import hold_lease
 from pipelines.manifest import list_versions
-from pipelines.seal import SealError, seal_generation
+from pipelines.rejects import RejectedRow, RejectFileError, write_rejects
+from pipelines.seal import MissingRowsError, SealError, seal_generation
 from pipelines.storage import open_store
 from tests.pipelines.made_pairs import FINGERPRINT, land_ids, made_batch, write_file
 
@@ -78,6 +80,36 @@ def test_missing_rows_are_an_error_unless_they_were_rejected(root):
     assert manifest.rejected_ids == (5, 6) and manifest.rejected == 2 and manifest.rows == 5
 
 
+def test_only_rejects_of_the_run_itself_excuse_a_missing_row(root):
+    write_file(root, "a-0.parquet", range(5))
+    write_rejects(root, FINGERPRINT.folder, [RejectedRow(5, "x", "y", 1)], fence=1)
+    with hold_lease(root, period_s=30, purpose="first") as first:
+        assert seal_generation(root, FINGERPRINT, land_ids(root, range(6)), lease=first).rows == 5
+    with hold_lease(root, period_s=30, purpose="second") as second:
+        with pytest.raises(MissingRowsError, match="1 of 6 rows"):
+            seal_generation(root, FINGERPRINT, land_ids(root, range(6)), lease=second)
+
+
+def test_a_file_whose_writing_was_not_finished_does_not_count(root):
+    """Ray deletes the data of a pending ledger entry when it starts again: a version that named
+    it would name a missing file."""
+    write_file(root, "a-0.parquet", range(5))
+    write_file(root, "b-0.parquet", range(5, 8), finished=False)
+    with pytest.raises(MissingRowsError, match="3 of 8 rows"):
+        seal_generation(root, FINGERPRINT, land_ids(root, range(8)))
+
+
+def test_rows_of_an_earlier_version_stay_where_they_are(root):
+    """What a writer that was thought dead adds later, with an older fence, changes no version."""
+    write_file(root, "000002_w_0-0.parquet", range(4))
+    first = seal_generation(root, FINGERPRINT, land_ids(root, range(4)))
+    write_file(root, "000001_w_0-0.parquet", [2, 3, 9])
+    assert seal_generation(root, FINGERPRINT, land_ids(root, range(4))).files == first.files
+    grown = seal_generation(root, FINGERPRINT, land_ids(root, [*range(4), 9]))
+    assert grown.files[0] == first.files[0]
+    assert [item.pair_id for item in grown.files[1].excluded] == [2, 3]
+
+
 def test_a_generation_without_a_usable_pair_is_not_sealed(root):
     reject(root, 0, 1)
     with pytest.raises(SealError, match="no usable pair"):
@@ -116,5 +148,5 @@ def test_damaged_and_foreign_files_are_named(root):
 def test_a_damaged_reject_list_is_named(root):
     write_file(root, "a-0.parquet", range(5))
     write_atomic(root.fs, root.path(FINGERPRINT.folder, "rejects/x.jsonl"), b"{")
-    with pytest.raises(SealError, match=r"x\.jsonl is not a list of rejected rows"):
+    with pytest.raises(RejectFileError, match=r"x\.jsonl, line 1: not a rejected row"):
         seal_generation(root, FINGERPRINT, land_ids(root, range(5)))

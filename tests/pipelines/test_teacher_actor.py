@@ -5,38 +5,59 @@ import json
 import pyarrow as pa
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from dmd_core.noise import sample_noise
 from dmd_core.teacher import Teacher, TeacherError, teacher_revision
+from pipelines import teacher_actor
 from pipelines.config import PairsSection, StorageSection
-from pipelines.pairs import decode_pairs, fingerprint_of
+from pipelines.pairs import decode_negative_prompts, decode_pairs, fingerprint_of
 from pipelines.storage import open_store
 from pipelines.teacher_actor import TeacherActor, TeacherTask
 
 SECTION = PairsSection(
-    solver="ddim", steps=2, batch_size=4, rows_per_block=4, threads_per_actor=1, dtype="float16"
+    solver="ddim",
+    steps=2,
+    batch_size=4,
+    rows_per_block=4,
+    threads_per_actor=1,
+    dtype="float16",
+    attempts=2,
 )
 
 
 @pytest.fixture
 def make_actor(tiny_teacher_dir, tmp_path):
-    def make(section=SECTION, revision=None, teacher_url=tiny_teacher_dir, storage=None):
-        fingerprint = fingerprint_of(section, revision or teacher_revision(tiny_teacher_dir))
+    def make(
+        section=SECTION, revision=None, teacher_url=tiny_teacher_dir, storage=None, **task
+    ) -> TeacherActor:
+        here = tiny_teacher_dir if teacher_url.startswith("s3://") else teacher_url
+        fingerprint = fingerprint_of(section, revision or teacher_revision(here))
         root = open_store(str(tmp_path / "set"))
         storage = storage or StorageSection()
-        return TeacherActor(TeacherTask(section, teacher_url, storage, root, fingerprint, {}))
+        return TeacherActor(
+            TeacherTask(section, teacher_url, storage, root, fingerprint, {}, **task)
+        )
 
     return make
 
 
-def rows(count):
-    return pa.table(
-        {
-            "pair_id": pa.array(range(count), pa.int64()),
-            "prompt": [f"a red fox {i}" for i in range(count)],
-            "seed": pa.array(range(100, 100 + count), pa.int64()),
-        }
-    )
+def rows(count, prompts=None, negative_prompts=None):
+    columns = {
+        "pair_id": pa.array(range(count), pa.int64()),
+        "prompt": prompts or [f"a red fox {i}" for i in range(count)],
+        "seed": pa.array(range(100, 100 + count), pa.int64()),
+    }
+    if negative_prompts is not None:
+        columns["negative_prompt"] = pa.array(negative_prompts, pa.string())
+    return pa.table(columns)
+
+
+def rejects_in(folder):
+    """The lines of all reject files, by pair_id."""
+    paths = (folder / "set" / "generations").glob("*/rejects/*.jsonl")
+    found = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return sorted(found, key=lambda row: row["pair_id"])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -82,17 +103,21 @@ def test_rows_without_a_usable_latent_leave_the_stream(make_actor, monkeypatch, 
         return latents
 
     monkeypatch.setattr(Teacher, "solve", solve)
-    table = make_actor()(rows(4))
+    table = make_actor(fence=7)(rows(4))
     found = decode_pairs(table)
     assert found.pair_ids == (0, 2, 3) and table["seed"].to_pylist() == [100, 102, 103]
     assert torch.equal(found.noise, sample_noise([100, 102, 103], (4, 4, 4), torch.float16))
+    assert rejects_in(tmp_path) == [
+        {
+            "pair_id": 1,
+            "prompt": "a red fox 1",
+            "reason": "the latents are not finite in float16",
+            "attempts": 1,
+            "fence": 7,
+        }
+    ]
     (path,) = (tmp_path / "set" / "generations").glob("*/rejects/*.jsonl")
-    (line,) = path.read_text().splitlines()
-    assert json.loads(line) == {
-        "pair_id": 1,
-        "prompt": "a red fox 1",
-        "reason": "the latents are not finite in float16",
-    }
+    assert path.name.startswith("000007-")
 
 
 def test_a_batch_of_rejects_is_an_empty_table_of_pairs(make_actor, monkeypatch):
@@ -100,9 +125,135 @@ def test_a_batch_of_rejects_is_an_empty_table_of_pairs(make_actor, monkeypatch):
     assert len(decode_pairs(make_actor()(rows(2)))) == 0
 
 
+def test_a_batch_without_rows_is_an_empty_table_of_pairs(make_actor):
+    assert len(decode_pairs(make_actor()(rows(2).slice(0, 0)))) == 0
+
+
 def test_another_size_gives_latents_of_that_size(make_actor):
     section = SECTION.model_copy(update={"height": 24, "width": 32})
     assert decode_pairs(make_actor(section)(rows(2))).latents.shape == (2, 4, 6, 8)
+    # The prompt file's own size comes first, each side for itself.
+    actor = make_actor(section, height=8)
+    assert decode_pairs(actor(rows(2))).latents.shape == (2, 4, 2, 8)
+
+
+def test_each_row_is_solved_with_its_own_negative_prompt(make_actor):
+    section = SECTION.model_copy(update={"negative_prompt": "apple", "dtype": "float32"})
+    negatives = [None, "whale", "apple", ""]
+    table = make_actor(section)(rows(4, negative_prompts=negatives))
+    assert decode_negative_prompts(table) == negatives
+    mixed = decode_pairs(table).latents
+    for text, members in (("apple", [0, 2]), ("whale", [1]), ("", [3])):
+        same = make_actor(section.model_copy(update={"negative_prompt": text}))
+        expected = decode_pairs(same(rows(4))).latents
+        torch.testing.assert_close(mixed[members], expected[members], atol=1e-5, rtol=0)
+        others = [i for i in range(4) if i not in members]
+        difference = (mixed[others] - expected[others]).abs().flatten(1).amax(1)
+        assert bool((difference > 1e-3).all())
+
+
+def test_the_board_hears_of_rows_rejects_and_busy_seconds(make_actor, monkeypatch):
+    told = []
+
+    class Advance:
+        def remote(self, rows, rejected=0, busy_s=0.0):
+            told.append((rows, rejected, busy_s))
+
+    class Board:
+        advance = Advance()
+
+    def solve(self, eps, prompts, **options):
+        now[0] += 8.0
+        latents = eps.float().clone()
+        latents[2] = float("nan")
+        return latents
+
+    now = [50.0]
+    monkeypatch.setattr(Teacher, "solve", solve)
+    actor = make_actor(board=Board())
+    monkeypatch.setattr(teacher_actor.time, "perf_counter", lambda: now[0])
+    actor(rows(3))
+    assert told == [(3, 1, 8.0)]
+
+
+# ------------------------------------------------- teachers that are damaged for some prompts
+
+PROMPTS = ["a red fox", "a blue whale", "flag", "a fox", "blue", "a red flag"]
+
+
+def damaged(folder, source, damage):
+    """A copy of the teacher `source` whose `damage(pipeline)` was done."""
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        source, safety_checker=None, requires_safety_checker=False
+    )
+    damage(pipeline)
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+def highest_token(pipeline):
+    """(the highest token that any of the prompts has, the prompts that have it)."""
+    tokens = pipeline.tokenizer(PROMPTS).input_ids
+    highest = max(max(row) for row in tokens)
+    return highest, [i for i, row in enumerate(tokens) if highest in row]
+
+
+def test_a_token_whose_embedding_is_not_finite_rejects_its_prompts_only(
+    make_actor, tiny_teacher_dir, tmp_path
+):
+    marked = []
+
+    def damage(pipeline):
+        token, members = highest_token(pipeline)
+        marked.extend(members)
+        pipeline.text_encoder.get_input_embeddings().weight.data[token] = float("nan")
+
+    section = SECTION.model_copy(update={"batch_size": 8, "rows_per_block": 8})
+    teacher = damaged(tmp_path / "damaged", tiny_teacher_dir, damage)
+    found = decode_pairs(make_actor(section, teacher_url=teacher)(rows(6, PROMPTS)))
+    good = [i for i in range(6) if i not in marked]
+    assert 0 < len(marked) < 6 and found.pair_ids == tuple(good)
+    healthy = decode_pairs(make_actor(section)(rows(6, PROMPTS)))
+    assert torch.equal(found.latents, healthy.latents[good])
+    reason = "the latents are not finite in float16"
+    assert [(row["pair_id"], row["reason"]) for row in rejects_in(tmp_path)] == [
+        (i, reason) for i in marked
+    ]
+
+
+def test_a_token_without_an_embedding_rejects_its_prompts_after_all_attempts(
+    make_actor, tiny_teacher_dir, tmp_path, monkeypatch
+):
+    marked, highest, shapes = [], [], set()
+    solve = Teacher.solve
+
+    def damage(pipeline):
+        token, members = highest_token(pipeline)
+        marked.extend(members)
+        highest.append(token)
+        encoder = pipeline.text_encoder
+        weight = encoder.get_input_embeddings().weight.data[:token].clone()
+        encoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(weight))
+        encoder.config.vocab_size = token
+
+    def watched(self, eps, *args, **options):
+        shapes.add(len(eps))
+        return solve(self, eps, *args, **options)
+
+    monkeypatch.setattr(Teacher, "solve", watched)
+    section = SECTION.model_copy(update={"batch_size": 8, "rows_per_block": 8})
+    teacher = damaged(tmp_path / "damaged", tiny_teacher_dir, damage)
+    found = decode_pairs(make_actor(section, teacher_url=teacher)(rows(6, PROMPTS)))
+    good = [i for i in range(6) if i not in marked]
+    assert 0 < len(marked) < 6 and found.pair_ids == tuple(good)
+    healthy = decode_pairs(make_actor(section)(rows(6, PROMPTS)))
+    torch.testing.assert_close(found.latents, healthy.latents[good], atol=2e-3, rtol=0)
+    for row, index in zip(rejects_in(tmp_path), marked, strict=True):
+        assert (row["pair_id"], row["attempts"]) == (index, 2)
+        assert row["reason"].startswith(
+            f"IndexError: prompt {PROMPTS[index]!r} has token {highest[0]}, but"
+        )
+    assert shapes == {8}
 
 
 def test_a_teacher_that_changed_during_the_run_is_refused(make_actor):

@@ -1,0 +1,386 @@
+"""`dmd inspect`: what a pair data set holds, is it whole, and what changed between versions."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from jobs.errors import Exit, JobError
+from jobs.session import Session
+from pipelines.inspection import GenerationFacts, Overview, VersionFacts, inspect_dataset
+from pipelines.manifest import Manifest, latest_manifest, load_manifest
+from pipelines.storage import Store, open_store
+
+_ROWS = 16
+_SHORT = 16  # characters of a digest
+_REASONS = 5
+_NAMED_IDS = 20
+_MADE_WITH = ("torch", "diffusers")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `dmd inspect` takes beside the common options."""
+    parser.add_argument(
+        "dataset", nargs="?", help="folder or s3:// URL; without it: the recipe's pairs"
+    )
+    parser.add_argument("--version", type=_positive, metavar="N", help="default: the newest one")
+    for name, what in (
+        ("sample", "write a picture of K random pairs"),
+        ("verify", "make K random rows again and compare them with what is stored"),
+    ):
+        text = f"{what} (default {_ROWS}); needs the teacher"
+        parser.add_argument(
+            f"--{name}", nargs="?", const=_ROWS, type=_positive, metavar="K", help=text
+        )
+    parser.add_argument("--out", metavar="PNG", help="of --sample; default: <data set>-v<N>.png")
+    parser.add_argument("--seed", type=int, default=0, help="draws the random rows; default 0")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="of --verify, in standard deviations of the latents; default: by compute_dtype",
+    )
+    parser.add_argument(
+        "--checksums", action="store_true", help="read every file of the version and check it"
+    )
+    parser.add_argument(
+        "--diff", nargs=2, type=_positive, metavar=("A", "B"), help="what changed from A to B"
+    )
+
+
+def run(session: Session) -> dict[str, Any]:
+    """Show what was asked for; raises `JobError` when something is damaged or differs."""
+    return _inspect(session, write=True)
+
+
+def plan(session: Session) -> dict[str, Any]:
+    """The same, without writing a picture."""
+    return _inspect(session, write=False)
+
+
+def _inspect(session: Session, *, write: bool) -> dict[str, Any]:
+    asked = session.arguments
+    root = _root(session)
+    if asked.diff:
+        return {"diff": _diff(session, root, *asked.diff)}
+    if not (asked.sample or asked.verify or asked.checksums):
+        return _overview(session, root)
+    manifest = _manifest(root, asked.version)
+    found: dict[str, Any] = {"root": root.url, "version": manifest.version}
+    if asked.sample:
+        found["sample"] = _sample(session, root, manifest, write=write)
+    if asked.checksums:
+        found["checksums"] = _checksums(session, root, manifest)
+    if asked.verify:
+        found["verify"] = _verify(session, root, manifest)
+    return found
+
+
+def _root(session: Session) -> Store:
+    given = session.arguments.dataset
+    root = open_store(given, session.recipe.storage) if given else session.pairs_root
+    if not root.fs.exists(root.root):
+        raise JobError(
+            f"{root.url} does not exist; expected a pair data set. Give its folder or s3:// URL, "
+            "or make one with `dmd pairs`"
+        )
+    return root
+
+
+def _manifest(root: Store, version: int | None) -> Manifest:
+    manifest = latest_manifest(root) if version is None else load_manifest(root, version)
+    if manifest is None:
+        raise JobError(_nothing_sealed(root))
+    return manifest
+
+
+def _nothing_sealed(root: Store) -> str:
+    return (
+        f"{root.url} holds no sealed version; `dmd pairs` with the data set's recipe makes one "
+        "(a run that was stopped goes on where it was)"
+    )
+
+
+# ---------------------------------------------------------------- overview
+
+
+def _overview(session: Session, root: Store) -> dict[str, Any]:
+    facts = inspect_dataset(root, version=session.arguments.version)
+    say, console = session.display.say, session.display.console
+    say(facts.url)
+    if facts.versions or facts.void:
+        console.print(_versions_table(facts))
+        for number, reason in facts.void.items():
+            say(f"version {number}: void, nobody has this number: {reason}")
+        for line in _fingerprint_lines(facts.versions):
+            say(line)
+        for version in facts.versions[-1:]:
+            for line in _version_lines(version):
+                say(line)
+    if facts.generations:
+        console.print(_generations_table(facts.generations))
+    say(_lease_line(facts.lease))
+    for pin in facts.pins:
+        numbers = ", ".join(map(str, pin.versions))
+        say(f"pinned: version {numbers} by {pin.holder}, since {pin.created} ({pin.name})")
+    if facts.problems:
+        raise JobError(_listed(f"{root.url} is damaged", facts.problems))
+    if not facts.versions:
+        if not facts.generations:
+            raise JobError(_nothing_sealed(root))
+        say(_nothing_sealed(root))
+    return facts.as_dict()
+
+
+def _versions_table(facts: Overview) -> Table:
+    numbers = ("rows", "rejected", "excluded", "missing", "files", "size")
+    table = _table("versions", "version", *numbers)
+    table.add_column("fingerprint", no_wrap=True)
+    table.add_column("notes")
+    lines = {version.version: _version_row(version) for version in facts.versions}
+    for number in facts.void:
+        lines[number] = [str(number), *["–"] * len(numbers), "", "void"]
+    for number in sorted(lines):
+        _add_row(table, lines[number], style="dim" if number in facts.void else "")
+    return table
+
+
+def _version_row(version: VersionFacts) -> list[str]:
+    return [
+        str(version.version),
+        f"{version.rows:,}",
+        f"{version.rejected:,}",
+        f"{version.excluded:,}",
+        "?" if version.missing is None else f"{version.missing:,}",
+        f"{version.files:,}",
+        decimal(version.bytes),
+        version.fingerprint_digest[:_SHORT],
+        "pinned" if version.pinned_by else "",
+    ]
+
+
+def _fingerprint_lines(versions: Sequence[VersionFacts]) -> Iterator[str]:
+    """What made the versions, once for each fingerprint, and with which libraries at last."""
+    newest = {version.fingerprint_digest: version for version in versions}
+    for digest, version in newest.items():
+        made = [f"{name} {version.created_by.get(name, '?')}" for name in _MADE_WITH]
+        yield f"{digest[:_SHORT]}: {_sampler(version.fingerprint)} ({', '.join(made)})"
+
+
+def _sampler(fingerprint: dict[str, Any]) -> str:
+    return (
+        f"{fingerprint.get('solver')}, {fingerprint.get('steps')} steps, "
+        f"guidance {fingerprint.get('guidance_scale')}, "
+        f"teacher {str(fingerprint.get('teacher_revision'))[:_SHORT]}"
+    )
+
+
+def _version_lines(version: VersionFacts) -> Iterator[str]:
+    name = f"version {version.version}"
+    if version.statistics:
+        figures = (f"{key.replace('_', ' ')} {v:.4g}" for key, v in version.statistics.items())
+        yield f"{name}: {', '.join(figures)}"
+    if version.asked is None:
+        yield f"{name}: its landed prompts {version.prompts_digest[:_SHORT]} are gone"
+    else:
+        yield f"{name}: {version.rows:,} of {version.asked:,} rows that were asked for"
+    reasons = list(version.reasons.items())
+    for reason, count in reasons[:_REASONS]:
+        yield f"{name}: {count:,} rejected: {reason}"
+    if len(reasons) > _REASONS:
+        rest = sum(count for _, count in reasons[_REASONS:])
+        yield f"{name}: {rest:,} rejected for {len(reasons) - _REASONS} other reasons"
+
+
+def _generations_table(generations: Sequence[GenerationFacts]) -> Table:
+    numbers = ("rows written", "rejected", "files", "size", "runs", "GPU-s", "busy s", "run s")
+    table = _table("generations", "folder", *numbers)
+    for item in generations:
+        name = item.folder.rsplit("/", 1)[-1]
+        cells = [name, f"{item.ledger_rows:,}", f"{item.rejected:,}", f"{item.files:,}"]
+        cells += [decimal(item.bytes), str(item.runs)]
+        _add_row(table, [*cells, *(f"{v:,.0f}" for v in (item.gpu_s, item.busy_s, item.seconds))])
+    return table
+
+
+def _lease_line(lease: dict[str, Any] | None) -> str:
+    if lease is None:
+        return "nobody is writing"
+    holder = lease.get("holder") or {}
+    progress = (lease.get("progress") or {}).items()
+    shown = ", ".join(f"{key} {value}" for key, value in progress if key != "count")
+    return (
+        f"lease {lease.get('fence')}: {lease.get('purpose')}, since {lease.get('since')}, by "
+        f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+        + (f" ({shown})" if shown else "")
+    )
+
+
+# ---------------------------------------------------------------- rows and files
+
+
+def _sample(session: Session, root: Store, manifest: Manifest, *, write: bool) -> dict[str, Any]:
+    asked = session.arguments
+    name = Path(root.root.rstrip("/")).name
+    out = Path(asked.out or f"{name}-v{manifest.version}.png")
+    teacher = _teacher(session, manifest)
+    from pipelines.sample_sheet import decode_rows, sample_sheet
+    from pipelines.stored_rows import random_rows, read_rows
+
+    rows = read_rows(root, manifest, random_rows(manifest, asked.sample, asked.seed))
+    found = {"rows": len(rows), "seed": asked.seed, "pair_ids": [row.pair_id for row in rows]}
+    if not write:
+        return found
+    title = f"{name}, version {manifest.version}"
+    drawn = f"{len(rows)} of {manifest.rows:,} pairs, drawn with seed {asked.seed}"
+    sheet = sample_sheet(
+        decode_rows(teacher, rows),
+        [row.prompt for row in rows],
+        title,
+        f"{drawn} · {_sampler(manifest.fingerprint)}",
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_bytes(sheet)
+    session.display.done(f"sample: {drawn} → {out}")
+    return {**found, "picture": str(out)}
+
+
+def _verify(session: Session, root: Store, manifest: Manifest) -> dict[str, Any]:
+    asked = session.arguments
+    teacher = _teacher(session, manifest)
+    from pipelines.reintegration import verify_rows
+
+    report = verify_rows(
+        root,
+        manifest,
+        teacher,
+        count=asked.verify,
+        seed=asked.seed,
+        batch_size=session.recipe.pairs.batch_size,
+        tolerance=asked.tolerance,
+    )
+    about = (
+        f"{report.rows} rows of version {report.version} (drawn with seed {report.seed}): latents "
+        f"differ by {report.max_difference:.2g} at most and {report.mean_difference:.2g} on "
+        f"average, in standard deviations ({report.latent_std:.3g}); allowed: {report.tolerance:g} "
+        f"and the rounding of {manifest.fingerprint['dtype']}"
+    )
+    if not report.ok:
+        problems = [
+            f"{len(ids)} {what}: {', '.join(map(str, ids[:_NAMED_IDS]))}"
+            for what, ids in (
+                ("ids whose latents differ", report.latents_differ),
+                ("ids whose noise is not that of their seed", report.noise_differs),
+            )
+            if ids
+        ]
+        raise JobError(_listed(f"{root.url}: {about}", problems), Exit.REFUSED)
+    session.display.done(f"verify: {about}; the noise is that of the seeds, bit for bit")
+    return asdict(report)
+
+
+def _teacher(session: Session, manifest: Manifest) -> Any:
+    """The recipe's teacher, if it is the one that made the version."""
+    import diffusers
+    import transformers
+
+    from dmd_core.teacher import load_teacher, teacher_revision
+    from pipelines.reintegration import check_revision
+
+    check_revision(manifest, teacher_revision(session.teacher_dir))
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # bars of a second's work
+    return load_teacher(session.teacher_dir, device=_device(session))
+
+
+def _device(session: Session) -> str:
+    """Where pairs are made, if it is there: other kernels give slightly other latents."""
+    import torch
+
+    on_gpu = session.recipe.pairs.gpus_per_actor and torch.cuda.is_available()
+    return "cuda" if on_gpu else "cpu"
+
+
+def _checksums(session: Session, root: Store, manifest: Manifest) -> dict[str, Any]:
+    from pipelines.stored_rows import check_files
+
+    report = check_files(root, manifest)
+    about = f"version {report.version}: {report.files} files, {decimal(report.bytes)}"
+    if report.problems:
+        raise JobError(_listed(f"{root.url}, {about}: not as sealed", report.problems))
+    session.display.done(f"checksums: {about}, {report.rows:,} rows: all as sealed")
+    return asdict(report)
+
+
+# ---------------------------------------------------------------- two versions
+
+
+def _diff(session: Session, root: Store, old: int, new: int) -> dict[str, Any]:
+    from pipelines.version_diff import diff_versions
+
+    diff = diff_versions(root, load_manifest(root, old), load_manifest(root, new))
+    say = session.display.say
+    say(f"{root.url}: version {old} → version {new}")
+    say(f"rows: {diff.added:,} added, {diff.removed:,} removed, {diff.kept:,} kept")
+    if diff.kept:
+        say(f"  kept in the same files: {diff.same_file:,}")
+    if diff.compared:
+        unlike = ", ".join(f"{name} of {count:,}" for name, count in diff.differing.items())
+        say(
+            f"  kept in other files: {diff.compared:,}, of which {diff.equal:,} are equal bit for "
+            "bit" + (f" (other {unlike})" if unlike else "")
+        )
+    if not diff.fingerprint:
+        say("fingerprint: the same")
+    for name, (then, now) in diff.fingerprint.items():
+        say(f"fingerprint: {name} {then!r} → {now!r}")
+    for what, count, examples in (
+        ("added", diff.prompts_added, diff.added_examples),
+        ("removed", diff.prompts_removed, diff.removed_examples),
+    ):
+        say(f"prompts {what}: {count:,}")
+        for example in examples:
+            say(f"  {_short(example)}")
+    return asdict(diff)
+
+
+# ---------------------------------------------------------------- text
+
+
+def _table(title: str, first: str, *numbers: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _add_row(table: Table, cells: Sequence[str], style: str = "") -> None:
+    """Plain text: a name or a reason may hold what looks like markup."""
+    table.add_row(*(Text(cell) for cell in cells), style=style)
+
+
+def _listed(head: str, problems: Sequence[str]) -> str:
+    return f"{head}:\n" + "\n".join(f"  {problem}" for problem in problems)
+
+
+def _short(text: str, width: int = 100) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[: width - 1]}…"
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
+    return int(text)
+
+
+if __name__ == "__main__":
+    from jobs.cli import verb_main
+
+    raise SystemExit(verb_main("inspect"))

@@ -1,0 +1,277 @@
+"""`dmd schedule`: submit jobs to a Ray cluster at due times.
+
+The table of schedules is a folder or a bucket prefix; any number of `dmd schedule run` and
+`dmd schedule tick` may work on it at once.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from cluster.schedule import Entry, ScheduleError, check_entry, slots_after
+from cluster.submit import SecretError, SubmitError, job_environment, refuse_secrets
+from jobs.config import load_recipe
+from jobs.errors import Exit, JobError
+from jobs.schedule_arguments import add_arguments
+from jobs.schedule_show import (
+    json_event,
+    print_rows,
+    show_event,
+    show_job,
+    show_next,
+    show_record,
+    show_time,
+)
+from jobs.schedule_table import ScheduleTable
+from jobs.schedule_tick import POLL_S, RayJobs, pause, tick
+from pipelines.commits import StoreError, transport_errors
+from pipelines.storage import open_store
+
+if TYPE_CHECKING:
+    from jobs.session import Session
+
+__all__ = ["add_arguments", "plan", "run"]
+
+_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+# ------------------------------------------------------------------------ actions
+
+
+def run(session: "Session") -> dict[str, Any]:
+    """Do what `session.arguments.action` says; returns the result for --json."""
+    table = _table(session)
+    arguments = session.arguments
+    try:
+        return _ACTIONS[arguments.action](session, table, arguments)
+    except transport_errors(table.store.fs) as error:
+        raise JobError(f"{table.store.url}: {error}", Exit.TRANSIENT) from error
+
+
+def plan(session: "Session") -> dict[str, Any]:
+    """What `run` would do; changes nothing and asks no cluster."""
+    table, arguments, now = _table(session), session.arguments, _now()
+    if arguments.action == "add":
+        entry = _new_entry(arguments, table, now)
+        slots = islice(slots_after(entry.expression, entry.timezone, now), 3)
+        times = {f"due_{index}": show_time(s, entry) for index, s in enumerate(slots, 1)}
+        return {"name": entry.name, "job": show_job(entry), "store": table.store.url} | times
+    if arguments.action == "remove":
+        return {"removes": arguments.name, "store": table.store.url}
+    return {
+        "store": table.store.url,
+        "last_slots": {name: _key(table, name) for name in table.names()},
+        "next": {e.name: show_next(e, now) for e in table.live() if isinstance(e, Entry)},
+    }
+
+
+def _add(session: "Session", table: ScheduleTable, arguments: argparse.Namespace) -> dict:
+    now = _now()
+    entry = _new_entry(arguments, table, now)
+    table.add(entry)
+    session.display.done(f"schedule {entry.name}: {show_job(entry)}")
+    session.display.say(f"  next due {show_next(entry, now)}; submitted by `dmd schedule run`, or")
+    session.display.say("  by `dmd schedule tick` from cron, systemd or Kubernetes")
+    for hint in _hints(entry):
+        session.display.say(f"  {hint}")
+    return {"name": entry.name, "next": show_next(entry, now)}
+
+
+def _list(session: "Session", table: ScheduleTable, arguments: argparse.Namespace) -> dict:
+    now, rows = _now(), []
+    for entry in table.live():
+        if isinstance(entry, ScheduleError):
+            session.display.say(f"error: {entry}")
+            continue
+        rows.append(
+            {
+                "name": entry.name,
+                "expression": entry.expression,
+                "next": show_next(entry, now),
+                "job": show_job(entry),
+                "address": entry.address or "the scheduler's",
+            }
+        )
+    _print(session, rows, f"no schedules in {table.store.url}")
+    return {"schedules": rows}
+
+
+def _remove(session: "Session", table: ScheduleTable, arguments: argparse.Namespace) -> dict:
+    if not table.remove(arguments.name, _now()):
+        raise JobError(f"no schedule {arguments.name!r} in {table.store.url}; see the list")
+    session.display.done(f"schedule {arguments.name}: removed; a job that runs goes on")
+    return {"removed": arguments.name}
+
+
+def _history(session: "Session", table: ScheduleTable, arguments: argparse.Namespace) -> dict:
+    names = [arguments.name] if arguments.name else table.names()
+    records = [record for name in names for record in table.history(name, arguments.limit)]
+    records.sort(key=lambda record: (record.claim.slot, record.claim.name), reverse=True)
+    rows = [show_record(record) for record in records[: arguments.limit]]
+    _print(session, rows, f"no slot was due so far in {table.store.url}")
+    return {"history": rows}
+
+
+def _tick(session: "Session", table: ScheduleTable, arguments: argparse.Namespace) -> dict:
+    events, problems = tick(table, RayJobs(_address(arguments)), _now())
+    for event in events:
+        session.display.say(show_event(event))
+    if problems:
+        raise JobError("; ".join(problems), Exit.REFUSED)
+    waiting = [event for event in events if event.outcome in ("waiting", "failed")]
+    if waiting:
+        code = Exit.REFUSED if waiting[0].outcome == "failed" else Exit.TRANSIENT
+        raise JobError(f"{len(waiting)} of {len(events)} due slots were not submitted", code)
+    return {"events": [json_event(event) for event in events]}
+
+
+def _stay(session: "Session", table: ScheduleTable, arguments: argparse.Namespace) -> NoReturn:
+    """Tick for ever. Nothing is kept in memory but what was already said."""
+    client = RayJobs(_address(arguments))
+    said: dict[str, str] = {}  # a cluster that is down is one line, not one a minute
+    session.display.say(f"schedule: watching {table.store.url}; stop with Ctrl-C")
+    while True:
+        now = _now()
+        try:
+            events, problems = tick(table, client, now)
+            wait = pause(table, now)
+        except (StoreError, *transport_errors(table.store.fs)) as error:
+            events, problems, wait = [], [f"{table.store.url}: {error}"], POLL_S
+        lines = {event.name: show_event(event) for event in events}
+        lines |= {"": f"error: {'; '.join(problems)}"} if problems else {}
+        for source, line in lines.items():
+            if said.get(source) != line:
+                session.display.say(line)
+        said |= lines
+        if not problems:
+            said.pop("", None)
+        _sleep(wait)
+
+
+_ACTIONS = {
+    "add": _add,
+    "list": _list,
+    "remove": _remove,
+    "history": _history,
+    "tick": _tick,
+    "run": _stay,
+}
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _sleep(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+# ------------------------------------------------------------------------ at the door
+
+
+def _table(session: "Session") -> ScheduleTable:
+    return ScheduleTable(open_store(session.arguments.store, session.recipe.storage))
+
+
+def _address(arguments: argparse.Namespace) -> str | None:
+    given = [arguments.address, *(os.environ.get(name) for name in _ADDRESS_VARIABLES)]
+    return next((address for address in given if address), None)
+
+
+def _new_entry(arguments: argparse.Namespace, table: ScheduleTable, now: datetime) -> Entry:
+    verb, *rest = arguments.job
+    _check_job(verb, rest)
+    name, folder = arguments.name or verb, arguments.working_dir
+    if folder is not None and "://" not in folder:
+        folder = os.path.abspath(folder)
+    entry = Entry(
+        name=name,
+        generation=1,
+        expression=" ".join(arguments.expression.split()),
+        timezone=arguments.timezone,
+        verb=verb,
+        arguments=tuple(rest),
+        created=now,
+        address=arguments.address,
+        working_dir=folder,
+        max_late_s=None if arguments.max_late is None else _seconds(arguments.max_late),
+    )
+    try:
+        check_entry(entry)
+        refuse_secrets({"job": list(rest), "address": entry.address})
+        job_environment(folder, None)
+    except (ScheduleError, SecretError, SubmitError) as error:
+        raise JobError(str(error), Exit.USAGE) from error
+    return replace(entry, generation=table.next_generation(name))
+
+
+def _check_job(verb: str, rest: list[str]) -> None:
+    """Refuse now what would fail every night: an unknown verb or argument."""
+    from jobs.cli import VERBS
+
+    if verb not in VERBS or verb == "schedule":
+        known = ", ".join(name for name in VERBS if name != "schedule")
+        raise JobError(f"{verb!r} cannot be scheduled; expected one of {known}", Exit.USAGE)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
+            _parsed([verb, *rest])
+    except SystemExit as stop:
+        last = complaint.getvalue().strip().splitlines()[-1]
+        raise JobError(f"the job `{verb}` would not start: {last}", Exit.USAGE) from stop
+
+
+def _parsed(words: list[str]) -> argparse.Namespace:
+    from jobs.cli import _parser
+
+    return _parser(words).parse_args(words)
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    if match is None:
+        raise JobError(f"--max-late {text!r}: expected a number with s, m, h or d", Exit.USAGE)
+    return float(match.group(1)) * _UNITS[match.group(2)]
+
+
+def _print(session: "Session", rows: list[dict[str, Any]], none: str) -> None:
+    if session.arguments.json:
+        return
+    if rows:
+        print_rows(rows)
+    else:
+        session.display.say(none)
+
+
+def _key(table: ScheduleTable, name: str) -> str | None:
+    slots = table.slots(name)
+    return slots[0].slot.isoformat() if slots else None
+
+
+def _hints(entry: Entry) -> Iterator[str]:
+    """What works here and would not on a cluster."""
+    options = _parsed([entry.verb, *entry.arguments])
+    recipe = options.config or "demo"
+    if entry.working_dir is None and recipe.endswith((".yaml", ".yml")):
+        yield f"{recipe} must be found there on the cluster; --working-dir . sends this folder"
+    with contextlib.suppress(JobError):  # a recipe that exists only there
+        folder = load_recipe(recipe, options.set).run.dir
+        if not folder.startswith("/") and "://" not in folder:
+            yield (
+                f"run.dir is {folder!r}, a folder of one job on one machine; give s3://… or a "
+                "path that all machines share (--set run.dir=…)"
+            )
+
+
+if __name__ == "__main__":
+    from jobs.cli import verb_main
+
+    raise SystemExit(verb_main("schedule"))

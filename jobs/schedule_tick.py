@@ -1,0 +1,70 @@
+"""What a scheduler does at a moment: submit what is due in a table to the clusters it names."""
+
+import os
+import socket
+from datetime import datetime
+from typing import Any
+
+from cluster.schedule import Entry, Job, ScheduleError, next_slot
+from cluster.scheduler import Event, tick_entry
+from cluster.submit import SubmitError, job_status, submit_job
+from jobs.schedule_table import ScheduleTable
+from pipelines.commits import StoreError, transport_errors
+
+POLL_S = 30.0  # how soon a standing scheduler sees an entry that somebody adds
+
+NO_ADDRESS = "no job server is named; give --address http://head:8265 or set RAY_API_SERVER_ADDRESS"
+
+
+class RayJobs:
+    """The job server of each entry (cluster.scheduler.JobClient)."""
+
+    def __init__(self, address: str | None) -> None:
+        self.address = address
+
+    def submit(self, entry: Entry, job: Job) -> bool:
+        return submit_job(
+            self._of(job),
+            [entry.verb, *entry.arguments],
+            submission_id=job.submission_id,
+            working_dir=entry.working_dir,
+            metadata={"schedule": entry.name},
+        ).already
+
+    def status(self, job: Job) -> str | None:
+        return job_status(self._of(job), job.submission_id)
+
+    def _of(self, job: Job) -> str:
+        address = job.address or self.address
+        if address is None:
+            raise SubmitError(NO_ADDRESS, transient=True)
+        return address
+
+
+def tick(table: ScheduleTable, client: Any, now: datetime) -> tuple[list[Event], list[str]]:
+    """(what was done, what is wrong with single entries): one entry never holds up another."""
+    by = f"{socket.gethostname()}:{os.getpid()}"
+    events, problems = [], []
+    for entry in table.live():
+        if isinstance(entry, ScheduleError):
+            problems.append(str(entry))
+            continue
+        if entry.address is None and getattr(client, "address", "") is None:
+            problems.append(f"schedule {entry.name}: {NO_ADDRESS}")  # and claim nothing
+            continue
+        try:
+            event = tick_entry(entry, table, client, now=now, by=by)
+            if event is not None:
+                table.prune(entry.name)
+        except (ScheduleError, StoreError, *transport_errors(table.store.fs)) as error:
+            problems.append(f"schedule {entry.name}: {error}")
+            continue
+        if event is not None:
+            events.append(event)
+    return events, problems
+
+
+def pause(table: ScheduleTable, now: datetime) -> float:
+    slots = [next_slot(entry, now) for entry in table.live() if isinstance(entry, Entry)]
+    waits = [(slot - now).total_seconds() for slot in slots if slot is not None]
+    return max(0.5, min([POLL_S, *waits]))

@@ -1,0 +1,353 @@
+"""What a pair data set holds: versions, generations, who writes, who reads, what is missing.
+
+Only manifests, listings and footers are read here, no rows. What is damaged is reported with its
+name beside what is not, and never ends the look.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.bounded import map_bounded
+from pipelines.commits import StoreError, list_files, read_json
+from pipelines.dataset_pins import Pin, read_pins
+from pipelines.lease import lease_status
+from pipelines.manifest import (
+    Manifest,
+    ManifestError,
+    generation_folder,
+    list_versions,
+    load_manifest,
+    log_numbers,
+    manifest_path,
+)
+from pipelines.rejects import RejectFileError, read_rejects
+from pipelines.storage import Store
+
+_GENERATION = re.compile(r"[0-9a-f]{16}")
+_READERS = 16  # footers and small files: the store's response time counts
+_NAMED_FILES = 10
+
+
+@dataclass(frozen=True)
+class VersionFacts:
+    """One sealed version. `rows` belong to it; `excluded` rows lie in its files and do not.
+
+    `asked` rows were landed for it (None: its landed table is gone), `missing` of them have no
+    pair; `reasons` says why, with counts, as far as it is known.
+    """
+
+    version: int
+    rows: int
+    rejected: int
+    excluded: int
+    files: int
+    bytes: int
+    asked: int | None
+    missing: int | None
+    fingerprint_digest: str
+    fingerprint: dict[str, Any]
+    prompts_digest: str
+    created_by: dict[str, str]
+    statistics: dict[str, float]
+    pinned_by: tuple[str, ...]
+    reasons: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GenerationFacts:
+    """A folder of rows made alike. `ledger_rows`: written rows, those of dead writers too.
+
+    Cost, over all of its runs: `gpu_s` of devices held, `busy_s` of workers at work, `seconds`.
+    """
+
+    folder: str
+    ledger_rows: int
+    files: int
+    bytes: int
+    rejected: int
+    runs: int
+    gpu_s: float
+    busy_s: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Overview:
+    """`void`: number in the log → why nobody has it. `problems` name what is damaged.
+
+    `lease`: who writes now, since when, what for and how far; None: nobody.
+    """
+
+    url: str
+    versions: tuple[VersionFacts, ...]
+    void: dict[int, str]
+    generations: tuple[GenerationFacts, ...]
+    lease: dict[str, Any] | None
+    pins: tuple[Pin, ...]
+    problems: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect_dataset(root: Store, *, version: int | None = None) -> Overview:
+    """The whole data set, or one `version` and its generation.
+
+    Raises `ManifestError` for a `version` that cannot be read; without one, that is a problem among
+    others.
+    """
+    problems: list[str] = []
+    listings = _Listings(root)
+    pins = _pins(root, problems)
+    if version is None:
+        numbers = list_versions(root)
+        manifests = [m for number in numbers if (m := _load(root, number, problems))]
+        void = _void(root, set(numbers))
+        folders = listings.generations()
+    else:
+        manifests, void = [load_manifest(root, version)], {}
+        folders = [generation_folder(manifests[0].fingerprint_digest)]
+    rejects = {folder: _rejects(root, folder, problems) for folder in folders}
+    for manifest in manifests:
+        problems += file_problems(root, manifest, listings)
+    return Overview(
+        url=root.url,
+        versions=tuple(_version(root, m, pins, rejects, listings, problems) for m in manifests),
+        void=void,
+        generations=tuple(
+            _generation(root, folder, rejects[folder], listings, problems) for folder in folders
+        ),
+        lease=_lease(root, problems),
+        pins=tuple(pins),
+        problems=tuple(problems),
+    )
+
+
+class _Listings:
+    """Each folder of the data set is listed once."""
+
+    def __init__(self, root: Store) -> None:
+        self._root = root
+        self._known: dict[str, dict[str, int]] = {}
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """name → bytes of the files right in `folder` (relative); none if it is not there."""
+        if folder not in self._known:
+            try:
+                entries = self._root.fs.ls(self._root.path(folder), detail=True)
+            except FileNotFoundError:
+                entries = []
+            self._known[folder] = {
+                _name(entry): entry["size"] for entry in entries if entry["type"] == "file"
+            }
+        return self._known[folder]
+
+    def generations(self) -> list[str]:
+        try:
+            entries = self._root.fs.ls(self._root.path("generations"), detail=True)
+        except FileNotFoundError:
+            return []
+        return [f"generations/{n}" for n in sorted(map(_name, entries)) if _GENERATION.fullmatch(n)]
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return entry["name"].rstrip("/").rsplit("/", 1)[-1]
+
+
+# ---------------------------------------------------------------- versions
+
+
+def _load(root: Store, number: int, problems: list[str]) -> Manifest | None:
+    try:
+        return load_manifest(root, number)
+    except ManifestError as error:
+        if root.fs.exists(manifest_path(root, number)):  # else: collected since it was listed
+            problems.append(str(error))
+        return None
+
+
+def file_problems(root: Store, manifest: Manifest, listings: _Listings | None = None) -> list[str]:
+    """Files of the version that are missing or have another size, by listing alone."""
+    sizes = (listings or _Listings(root)).sizes(
+        f"{generation_folder(manifest.fingerprint_digest)}/data"
+    )
+    found = []
+    for file in manifest.files:
+        size = sizes.get(file.key.rsplit("/", 1)[-1])
+        if size is None:
+            found.append(f"{root.path(file.key)}: missing, but version {manifest.version} names it")
+        elif size != file.bytes:
+            found.append(
+                f"{root.path(file.key)}: {size} bytes, "
+                f"but version {manifest.version} says {file.bytes}"
+            )
+    if len(found) > _NAMED_FILES:
+        more = len(found) - _NAMED_FILES
+        found[_NAMED_FILES:] = [f"version {manifest.version}: {more} more files like these"]
+    return found
+
+
+def _version(
+    root: Store,
+    manifest: Manifest,
+    pins: Iterable[Pin],
+    rejects: dict[str, dict[int, str]],
+    listings: _Listings,
+    problems: list[str],
+) -> VersionFacts:
+    tables = landed_tables(manifest.prompts_digest, listings.sizes("prompts"))
+    asked = _footer_rows(root, "prompts", tables, problems) if tables else None
+    known = rejects.get(generation_folder(manifest.fingerprint_digest), {})
+    reasons = Counter(known.get(i, "no reason is kept") for i in manifest.rejected_ids)
+    return VersionFacts(
+        version=manifest.version,
+        rows=manifest.rows,
+        rejected=manifest.rejected,
+        excluded=len(manifest.excluded_ids),
+        files=len(manifest.files),
+        bytes=sum(file.bytes for file in manifest.files),
+        asked=asked,
+        missing=None if asked is None else asked - manifest.rows,
+        fingerprint_digest=manifest.fingerprint_digest,
+        fingerprint=manifest.fingerprint,
+        prompts_digest=manifest.prompts_digest,
+        created_by=manifest.created_by,
+        statistics=manifest.statistics,
+        pinned_by=tuple(pin.name for pin in pins if manifest.version in pin.versions),
+        reasons=dict(reasons.most_common()),
+    )
+
+
+def landed_tables(digest: str, names: Iterable[str]) -> list[str]:
+    """Those of `names` that hold the landed prompts `digest`: one table for each picture size."""
+    table = re.compile(rf"{re.escape(digest)}(-\d+x\d+)?\.parquet")
+    return sorted(name for name in names if table.fullmatch(name))
+
+
+def landed_ids_of(root: Store, manifest: Manifest) -> np.ndarray | None:
+    """The ids that the version was asked to hold, int64; None: its landed table is gone.
+
+    Raises `StoreError` for a table that cannot be read.
+    """
+    tables = landed_tables(manifest.prompts_digest, list_files(root, root.path("prompts")))
+    parts = []
+    for name in tables:
+        path = root.path("prompts", name)
+        try:
+            with root.fs.open(path, "rb") as stream:
+                table = pq.ParquetFile(stream).read(columns=["pair_id"])
+        except (pa.ArrowException, OSError) as error:
+            raise StoreError(f"{path}: cannot be read: {error}") from error
+        parts.append(table["pair_id"].to_numpy())
+    return np.concatenate(parts) if parts else None
+
+
+def _void(root: Store, versions: set[int]) -> dict[int, str]:
+    found = {}
+    for number in log_numbers(root):
+        if number not in versions:
+            content = read_json(root, manifest_path(root, number))
+            if content is not None:  # else: collected since it was listed
+                found[number] = str(content.get("reason", ""))
+    return found
+
+
+# ---------------------------------------------------------------- generations
+
+
+def _generation(
+    root: Store,
+    folder: str,
+    rejects: dict[int, str],
+    listings: _Listings,
+    problems: list[str],
+) -> GenerationFacts:
+    data = listings.sizes(f"{folder}/data")
+    ledger = [name for name in listings.sizes(f"{folder}/ledger") if _is_entry(name)]
+    runs = _runs(root, folder, listings, problems)
+    return GenerationFacts(
+        folder=folder,
+        ledger_rows=_footer_rows(root, f"{folder}/ledger", ledger, problems),
+        files=len(data),
+        bytes=sum(data.values()),
+        rejected=len(rejects),
+        runs=len(runs),
+        gpu_s=_total(runs, "gpu_s"),
+        busy_s=_total(runs, "busy_s"),
+        seconds=_total(runs, "seconds"),
+    )
+
+
+def _is_entry(name: str) -> bool:
+    return name.endswith(".parquet") and not name.endswith(".pending.parquet")
+
+
+def _footer_rows(root: Store, folder: str, names: list[str], problems: list[str]) -> int:
+    """Rows of the tables together, without those that cannot be read."""
+
+    def rows(name: str) -> int:
+        path = root.path(folder, name)
+        try:
+            with root.fs.open(path, "rb") as stream:
+                return pq.ParquetFile(stream).metadata.num_rows
+        except FileNotFoundError:
+            return 0  # collected since it was listed
+        except (pa.ArrowException, OSError) as error:
+            problems.append(f"{path}: cannot be read: {error}")
+            return 0
+
+    return sum(map_bounded(rows, names, _READERS))
+
+
+def _runs(
+    root: Store, folder: str, listings: _Listings, problems: list[str]
+) -> list[dict[str, Any]]:
+    """What each run of the generation noted about itself."""
+    found = []
+    for name in sorted(listings.sizes(f"{folder}/runs")):
+        try:
+            content = read_json(root, root.path(folder, "runs", name))
+        except StoreError as error:
+            problems.append(str(error))
+            continue
+        if content is not None:
+            found.append(content)
+    return found
+
+
+def _total(runs: Iterable[dict[str, Any]], name: str) -> float:
+    return float(sum(run.get(name) or 0 for run in runs))
+
+
+# ---------------------------------------------------------------- people
+
+
+def _rejects(root: Store, folder: str, problems: list[str]) -> dict[int, str]:
+    try:
+        return read_rejects(root, folder)
+    except RejectFileError as error:
+        problems.append(str(error))
+        return {}
+
+
+def _pins(root: Store, problems: list[str]) -> list[Pin]:
+    try:
+        return list(read_pins(root).values())
+    except StoreError as error:
+        problems.append(str(error))
+        return []
+
+
+def _lease(root: Store, problems: list[str]) -> dict[str, Any] | None:
+    try:
+        return lease_status(root)
+    except StoreError as error:
+        problems.append(str(error))
+        return None

@@ -1,0 +1,283 @@
+"""A data set has one writer at a time: the holder of its newest lease.
+
+    leases/NNNNNN.json      created once; the number is the fence that the holder's files carry
+    leases/NNNNNN.beat      overwritten by the holder, again and again
+    leases/NNNNNN.released  written by the holder when it is done
+
+A lease is over when it was released, when its process is known to be gone, or when an observer
+saw no beat for one period on the observer's own clock. Clocks are never compared. Whoever takes
+over a lease that was not released also claims the next number in the log of versions, so that a
+commit the old holder had prepared meets it and fails.
+"""
+
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dmd_core.files import write_atomic
+from pipelines.commits import (
+    StoreError,
+    check_create_only,
+    create_once,
+    delete_if_there,
+    list_files,
+    new_commit_id,
+    read_json,
+    transport_errors,
+)
+from pipelines.storage import Store
+
+_NAME = re.compile(r"(\d{6})\.json")
+_BEATS_PER_PERIOD = 5
+_KEPT_LEASES = 10
+_TAKEN_WHILE_STARTING = 20
+
+
+class LeaseHeldError(RuntimeError):
+    """Somebody else is writing; the message says who."""
+
+    transient = True
+
+
+class LeaseLostError(RuntimeError):
+    """This process may write no longer: another one has taken over."""
+
+    transient = True
+
+
+class Lease:
+    """A lease that is held. `check` before everything that must not be done by two."""
+
+    def __init__(self, root: Store, fence: int, period_s: float) -> None:
+        self.fence = fence
+        self._root, self._period_s = root, period_s
+        self._lost: str = ""
+        self._beaten = time.monotonic()
+
+    def check(self) -> None:
+        """Raises `LeaseLostError` when another lease is newer, or none could be renewed."""
+        newest = newest_fence(self._root)
+        if newest != self.fence:
+            self._lost = f"lease {newest} was taken by {_holder_in_words(self._root, newest)}"
+        if self._lost:
+            raise LeaseLostError(
+                f"{self._root.url}: this process has lost its lease {self.fence} ({self._lost}); "
+                "nothing more is written. Run the same command again to go on"
+            )
+
+    @property
+    def lost(self) -> bool:
+        return bool(self._lost)
+
+    def beat(self, count: int, progress: dict[str, Any]) -> None:
+        """Renew; notes that the lease is lost when it is."""
+        try:
+            self.check()
+            content = {"count": count, **progress}
+            _write_json(self._root, _path(self._root, self.fence, "beat"), content)
+            self._beaten = time.monotonic()
+        except LeaseLostError:
+            return
+        except transport_errors(self._root.fs) as error:
+            if time.monotonic() - self._beaten > self._period_s:
+                self._lost = f"it could not be renewed for {self._period_s:g} s: {error}"
+
+
+@contextmanager
+def hold_lease(
+    root: Store,
+    *,
+    period_s: float,
+    purpose: str,
+    progress: Callable[[], dict[str, Any]] = dict,
+    on_lost: Callable[[], None] | None = None,
+    void_next: Callable[[Store, int, str], None] | None = None,
+) -> Iterator[Lease]:
+    """Hold the data set's lease for the length of the block.
+
+    Waits up to one period to see whether another holder still lives; raises `LeaseHeldError` if it
+    does. `progress` is written with every beat, for whoever asks who holds the lease. `on_lost` is
+    called from the beating thread. `void_next` claims the next version's number after a take-over.
+    """
+    fence, taken_over = _take(root, period_s, purpose)
+    lease = Lease(root, fence, period_s)
+    if taken_over and void_next is not None:
+        void_next(root, fence, f"lease {fence - 1} was taken over")
+    lease.beat(0, progress())
+    stop = threading.Event()
+    arguments = (lease, stop, period_s / _BEATS_PER_PERIOD, progress, on_lost)
+    thread = threading.Thread(target=_beat_on, args=arguments, daemon=True)
+    thread.start()
+    try:
+        yield lease
+    finally:
+        stop.set()
+        thread.join()
+        if not lease.lost:
+            _write_json(root, _path(root, fence, "released"), {"fence": fence})
+            _prune(root, fence)
+
+
+def newest_fence(root: Store) -> int:
+    """The number of the newest lease; 0: there was none yet."""
+    numbers = [
+        int(match[1])
+        for match in map(_NAME.fullmatch, list_files(root, root.path("leases")))
+        if match
+    ]
+    return max(numbers, default=0)
+
+
+def lease_status(root: Store) -> dict[str, Any] | None:
+    """Who holds the lease, and the progress of its last beat; None: nobody.
+
+    A holder that died without a word is shown until somebody takes over.
+    """
+    fence = newest_fence(root)
+    record = read_json(root, _path(root, fence, "json")) if fence else None
+    if record is None or read_json(root, _path(root, fence, "released")) is not None:
+        return None
+    return {**record, "progress": read_json(root, _path(root, fence, "beat")) or {}}
+
+
+# ---------------------------------------------------------------- taking
+
+
+def _take(root: Store, period_s: float, purpose: str) -> tuple[int, bool]:
+    """(the new lease's number, was one taken over that nobody had released?)"""
+    fence = newest_fence(root)
+    if not fence:
+        check_create_only(root)
+    taken_over = bool(fence) and _outlived(root, fence)
+    record = {
+        "commit_id": new_commit_id(),
+        "fence": fence + 1,
+        "period_s": period_s,
+        "purpose": purpose,
+        "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "holder": _this_process(),
+    }
+    if not create_once(root, _path(root, fence + 1, "json"), record):
+        raise LeaseHeldError(_held(root, fence + 1))
+    return fence + 1, taken_over
+
+
+def _outlived(root: Store, fence: int) -> bool:
+    """False: the lease was released. True: its holder is gone. Raises while the holder lives."""
+    record = read_json(root, _path(root, fence, "json")) or {}
+    if read_json(root, _path(root, fence, "released")) is not None:
+        return False
+    if _is_gone(record.get("holder", {})):
+        return True
+    period_s = float(record.get("period_s", _TAKEN_WHILE_STARTING))
+    first, until = _beat_of(root, fence), time.monotonic() + period_s
+    while time.monotonic() < until:
+        time.sleep(min(0.5, period_s / 10))
+        if read_json(root, _path(root, fence, "released")) is not None:
+            return False
+        if _beat_of(root, fence) != first or newest_fence(root) != fence:
+            raise LeaseHeldError(_held(root, newest_fence(root)))
+        if _is_gone(record.get("holder", {})):
+            return True
+    return True
+
+
+def _held(root: Store, fence: int) -> str:
+    record = read_json(root, _path(root, fence, "json")) or {}
+    progress = read_json(root, _path(root, fence, "beat")) or {}
+    shown = ", ".join(f"{key} {value}" for key, value in progress.items() if key != "count")
+    return (
+        f"{root.url} is being written by {_holder_in_words(root, fence)}: "
+        f"{record.get('purpose', 'unknown')}, since {record.get('since', 'unknown')}"
+        + (f" ({shown})" if shown else "")
+        + ". Wait for it, or stop it and run the same command again"
+    )
+
+
+def _holder_in_words(root: Store, fence: int) -> str:
+    record = read_json(root, _path(root, fence, "json")) or {}
+    holder = record.get("holder", {})
+    return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+
+
+def _beat_of(root: Store, fence: int) -> dict[str, Any] | None:
+    try:
+        return read_json(root, _path(root, fence, "beat"))
+    except StoreError:
+        return None  # read in the middle of a write, on a store whose writes are not atomic
+
+
+# ---------------------------------------------------------------- holding
+
+
+def _beat_on(
+    lease: Lease,
+    stop: threading.Event,
+    seconds: float,
+    progress: Callable[[], dict[str, Any]],
+    on_lost: Callable[[], None] | None,
+) -> None:
+    count = 0
+    while not stop.wait(seconds):
+        count += 1
+        lease.beat(count, progress())
+        if lease.lost:
+            if on_lost is not None:
+                on_lost()
+            return
+
+
+def _prune(root: Store, fence: int) -> None:
+    """Old leases say nothing any more; the newest few stay to be looked at."""
+    for name in list_files(root, root.path("leases")):
+        if name[:6].isdigit() and int(name[:6]) <= fence - _KEPT_LEASES:
+            delete_if_there(root, root.path("leases", name))
+
+
+def _path(root: Store, fence: int, kind: str) -> str:
+    return root.path("leases", f"{fence:06d}.{kind}")
+
+
+def _write_json(root: Store, path: str, content: dict[str, Any]) -> None:
+    import json
+
+    write_atomic(root.fs, path, json.dumps(content).encode())
+
+
+# ---------------------------------------------------------------- processes
+
+
+def _this_process() -> dict[str, Any]:
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, **_machine(), "started": _started(pid)}
+
+
+def _machine() -> dict[str, str]:
+    """What tells this machine (and, in containers, this set of process numbers) from others."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    if not boot.exists() or not namespace.exists():
+        return {}
+    return {"boot": boot.read_text().strip(), "namespace": os.readlink(namespace)}
+
+
+def _started(pid: int) -> str:
+    """When the process started, in ticks since boot; "": there is no such process, or it ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return "" if fields[0] in ("Z", "X") else fields[19]
+
+
+def _is_gone(holder: dict[str, Any]) -> bool:
+    """Is it known that this process lives no more? Only its own machine can tell."""
+    here = _machine()
+    if not here or any(holder.get(key) != value for key, value in here.items()):
+        return False
+    return _started(int(holder["pid"])) != holder.get("started")

@@ -1,0 +1,154 @@
+"""The Parquet files of one sealed version, row group by row group, each checked when first read."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dmd_core.files import is_local
+from pipelines.manifest import Manifest, ManifestFile
+from pipelines.pairs import PairSchemaError, check_schema, fingerprint_digest
+from pipelines.storage import Store
+
+# Kept open, with their footers parsed: to open a file costs more than to read a row group.
+_OPEN_FILES = 128
+
+
+class PairFileError(RuntimeError):
+    """A file of pairs that is not what the manifest says."""
+
+
+class Layout(NamedTuple):
+    """Of the tensors of a pair: (C,h,w) and the dtype they are stored in."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class PairFiles:
+    """Row groups of the version's files. `verify` compares the sha256 of each file, once, when it
+    is first read; its size and its rows always. All files have one `Layout`."""
+
+    def __init__(self, root: Store, manifest: Manifest, *, verify: bool) -> None:
+        self._root, self._manifest, self._verify = root, manifest, verify
+        self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._verified: set[int] = set()
+        self._schema: pa.Schema | None = None  # of the file that was checked last
+        self._layout: tuple[Layout, str] | None = None  # of the first file, and its path
+
+    def layout(self) -> Layout:
+        """As the first file's footer says."""
+        if self._layout is None:
+            self.read(0, None, ())  # to open it is enough
+        assert self._layout is not None
+        return self._layout[0]
+
+    def read(self, number: int, row_group: int | None, columns: Sequence[str]) -> pa.Table:
+        """Columns of one row group of file `number`; None: of none."""
+        file = self._manifest.files[number]
+        path = self._root.path(file.key)
+        groups = [] if row_group is None else [row_group]
+        try:
+            parquet = self._opened(path, number, file)
+            table = parquet.read_row_groups(groups, list(columns), use_threads=False)
+        except (pa.ArrowException, PairSchemaError, OSError) as error:
+            raise PairFileError(f"{path}: cannot be read: {error}") from error
+        for name in columns:
+            if table[name].null_count:
+                raise PairFileError(f"{path}: column {name!r} has empty values")
+        return table.replace_schema_metadata()  # it may differ from file to file
+
+    def _opened(self, path: str, number: int, file: ManifestFile) -> pq.ParquetFile:
+        found = self._open.pop(number, None)
+        if found is None:
+            found = self._checked(path, number, file)
+        self._open[number] = found
+        if len(self._open) > _OPEN_FILES:
+            self._open.popitem(last=False)[1].close(force=True)
+        return found
+
+    def _checked(self, path: str, number: int, file: ManifestFile) -> pq.ParquetFile:
+        stream = self._stream(path)
+        try:
+            self._check_bytes(path, number, file, stream)
+            # Reading ahead saves requests; on a local disk it only costs.
+            parquet = pq.ParquetFile(stream, pre_buffer=not is_local(self._root.fs))
+            self._check_footer(path, file, parquet)
+        except BaseException:
+            stream.close()
+            raise
+        return parquet
+
+    def _stream(self, path: str) -> pa.NativeFile:
+        if is_local(self._root.fs):
+            return pa.OSFile(path)
+        # Arrow asks for whole ranges; a cache of blocks per open file would take memory.
+        return pa.PythonFile(self._root.fs.open(path, "rb", cache_type="none"), mode="r")
+
+    def _check_bytes(
+        self, path: str, number: int, file: ManifestFile, stream: pa.NativeFile
+    ) -> None:
+        size = stream.size()
+        if size != file.bytes:
+            raise PairFileError(f"{path}: {size} bytes, but the manifest says {file.bytes}")
+        if not self._verify or number in self._verified:
+            return
+        found = _sha256(stream)
+        if found != file.sha256:
+            raise PairFileError(
+                f"{path}: sha256 {found[:16]}…, but the manifest says {file.sha256[:16]}…"
+            )
+        self._verified.add(number)
+
+    def _check_footer(self, path: str, file: ManifestFile, parquet: pq.ParquetFile) -> None:
+        self._check_schema(path, parquet.schema_arrow)
+        rows = tuple(parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups))
+        if rows != file.row_groups:
+            raise PairFileError(
+                f"{path}: row groups of {list(rows)} rows, "
+                f"but the manifest says {list(file.row_groups)}"
+            )
+
+    def _check_schema(self, path: str, schema: pa.Schema) -> None:
+        if self._schema is not None and schema.equals(self._schema, check_metadata=True):
+            return
+        layout, digest = Layout(*check_schema(schema)), fingerprint_digest(schema)
+        if digest != self._manifest.fingerprint_digest:
+            raise PairFileError(
+                f"{path}: made by {digest[:16]}, but version {self._manifest.version} "
+                f"holds {self._manifest.fingerprint_digest[:16]}"
+            )
+        if self._layout is None:
+            self._layout = layout, path
+        first, its_path = self._layout
+        if layout != first:
+            raise PairFileError(
+                f"{path}: pairs of {layout.shape} {layout.dtype}, but {its_path} holds "
+                f"{first.shape} {first.dtype}; expected one shape in a version that is read in "
+                "batches: keep prompts of other sizes in a data set of their own"
+            )
+        self._schema = schema
+
+
+def tensor_rows(column: pa.ChunkedArray, layout: Layout) -> np.ndarray:
+    """(n, C·h·w) of a tensor column: a read-only view where it is one piece of memory."""
+    width = prod(layout.shape)
+    dtype = np.dtype(layout.dtype).newbyteorder("<")
+    views = [np.empty((0, width), dtype)] if column.num_chunks == 0 else []
+    for chunk in column.chunks:
+        offset = chunk.offset * width * dtype.itemsize
+        values = np.frombuffer(chunk.buffers()[1], dtype, len(chunk) * width, offset)
+        views.append(values.reshape(-1, width))
+    return views[0] if len(views) == 1 else np.concatenate(views)
+
+
+def _sha256(stream: pa.NativeFile) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()

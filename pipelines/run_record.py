@@ -1,0 +1,59 @@
+"""What one writer of a data set does and spends, kept beside the generation it makes."""
+
+import contextlib
+import json
+import time
+from typing import Any
+
+from dmd_core.files import write_atomic
+from pipelines.storage import Store
+
+
+class RunRecord:
+    """`generations/<fingerprint>/runs/<fence>.json`, rewritten with every beat of the lease.
+
+    `rows` were handled by a teacher in this run, `rejected` of them without a usable pair. `busy_s`
+    adds up over all teachers; `gpu_s` is that in GPU-seconds. `seconds` is the time of the run.
+    """
+
+    def __init__(self, root: Store, generation: str, *, gpus_per_actor: float) -> None:
+        self.phase = "landing"
+        self.spent: dict[str, Any] = {}
+        self._root, self._generation, self._gpus = root, generation, gpus_per_actor
+        self._fence, self._stored = 0, 0
+        self._board: Any = None
+        self._total = 0
+        self._clock = time.monotonic()
+        self._started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+    def begin(self, fence: int, total: int, stored: int, board: Any) -> None:
+        """From here on the run's own numbers are read from `board`, where `stored` rows count as
+        done already."""
+        self._fence, self._total, self._stored, self._board = fence, total, stored, board
+
+    def progress(self) -> dict[str, Any]:
+        """For whoever asks who holds the lease; writes the record as well."""
+        if self._board is None:
+            return {"phase": self.phase}
+        done, fields = self._read()
+        self.spent = {
+            "fence": self._fence,
+            "started": self._started,
+            "seconds": round(time.monotonic() - self._clock, 1),
+            "rows": done - self._stored,
+            "rejected": fields.get("rejected", 0),
+            "busy_s": round(fields.get("busy_s", 0.0), 2),
+            "gpu_s": round(fields.get("busy_s", 0.0) * self._gpus, 2),
+        }
+        path = self._root.path(self._generation, "runs", f"{self._fence:06d}.json")
+        write_atomic(self._root.fs, path, json.dumps(self.spent).encode())
+        return {"phase": self.phase, "rows": f"{done} of {self._total}"}
+
+    def _read(self) -> tuple[int, dict[str, Any]]:
+        import ray
+        from ray.exceptions import RayError
+
+        if ray.is_initialized():
+            with contextlib.suppress(RayError):  # a lost board must not end the work
+                self._last = ray.get(self._board.read.remote(), timeout=5)
+        return getattr(self, "_last", (self._stored, {}))

@@ -1,0 +1,55 @@
+"""Is a data set whole? Looked at from outside, with nothing of the product but its file layout."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+
+def sealed_manifests(root: Path) -> list[dict]:
+    """All versions of the log, oldest first, without the void numbers."""
+    found = [json.loads(path.read_text()) for path in sorted(root.glob("manifests/*.json"))]
+    return [manifest for manifest in found if not manifest.get("void")]
+
+
+def landed_table_ids(root: Path, digest: str) -> set[int]:
+    tables = sorted(root.glob(f"prompts/{digest}*.parquet"))
+    assert tables, f"no landed table of {digest}"
+    ids = [pair_id for table in tables for pair_id in pq.read_table(table)["pair_id"].to_pylist()]
+    assert len(set(ids)) == len(ids)
+    return set(ids)
+
+
+def assert_whole(root: Path, rows: int) -> dict:
+    """Every version names existing, untouched, readable files that hold each asked row once, and
+    nothing half-made is visible. The newest version has `rows` rows; returns it.
+    """
+    manifests = sealed_manifests(root)
+    assert manifests, "nothing is sealed"
+    numbers = [manifest["version"] for manifest in manifests]
+    assert numbers == sorted(set(numbers))
+    for manifest in manifests:
+        _assert_version(root, manifest)
+    assert manifests[-1]["rows"] == rows
+    for path in root.rglob("*.parquet"):
+        pq.ParquetFile(path).close()  # reads the footer
+    half = [p for p in root.rglob("*") if ".pending" in p.name or p.name.endswith(".tmp")]
+    assert half == [], "left over in the middle of a write"
+    return manifests[-1]
+
+
+def _assert_version(root: Path, manifest: dict) -> None:
+    ids: list[int] = []
+    for file in manifest["files"]:
+        path = root / file["key"]
+        assert path.exists(), f"version {manifest['version']} names the missing file {path}"
+        content = path.read_bytes()
+        assert len(content) == file["bytes"], path
+        assert hashlib.sha256(content).hexdigest() == file["sha256"], path
+        stored = pq.read_table(path, columns=["pair_id"])["pair_id"].to_pylist()
+        out = {item["row"] for item in file["excluded"]}
+        ids += [pair_id for row, pair_id in enumerate(stored) if row not in out]
+    assert len(set(ids)) == len(ids) == manifest["rows"], "a pair is there twice"
+    asked = landed_table_ids(root, manifest["prompts_digest"])
+    assert set(ids) == asked - set(manifest["rejected_ids"]), "pairs are missing, or too many"
