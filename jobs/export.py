@@ -34,6 +34,7 @@ def run(session: Session) -> dict[str, Any]:
         "step": checkpoint.step,
         "teacher_revision": teacher.revision,
         "pairs_digest": checkpoint.state["pairs_digest"],
+        "pairs_segments": checkpoint.state.get("pairs_segments", []),
         "train": session.recipe.train.model_dump(),
         "pairs": session.recipe.pairs.model_dump(),
     }

@@ -1,26 +1,31 @@
 """`dmd inspect`: what a pair data set holds, is it whole, and what changed between versions."""
 
 import argparse
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
-from rich.table import Table
-from rich.text import Text
 
 from jobs.errors import Exit, JobError
+from jobs.inspect_show import (
+    fingerprint_lines,
+    generations_table,
+    lease_line,
+    listed,
+    sampler_in_words,
+    shortened,
+    version_lines,
+    versions_table,
+)
 from jobs.session import Session
-from pipelines.inspection import GenerationFacts, Overview, VersionFacts, inspect_dataset
+from pipelines.dataset_pins import read_pins, unpin
+from pipelines.inspection import inspect_dataset
 from pipelines.manifest import Manifest, latest_manifest, load_manifest
 from pipelines.storage import Store, open_store
 
 _ROWS = 16
-_SHORT = 16  # characters of a digest
-_REASONS = 5
 _NAMED_IDS = 20
-_MADE_WITH = ("torch", "diffusers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--diff", nargs=2, type=_positive, metavar=("A", "B"), help="what changed from A to B"
     )
+    parser.add_argument(
+        "--unpin", metavar="NAME", help="give up what a run has pinned, so that it can be collected"
+    )
 
 
 def run(session: Session) -> dict[str, Any]:
@@ -66,6 +74,8 @@ def plan(session: Session) -> dict[str, Any]:
 def _inspect(session: Session, *, write: bool) -> dict[str, Any]:
     asked = session.arguments
     root = _root(session)
+    if asked.unpin:
+        return {"unpinned": _unpin(session, root, asked.unpin, write=write)}
     if asked.diff:
         return {"diff": _diff(session, root, *asked.diff)}
     if not (asked.sample or asked.verify or asked.checksums):
@@ -106,6 +116,18 @@ def _nothing_sealed(root: Store) -> str:
     )
 
 
+def _unpin(session: Session, root: Store, name: str, *, write: bool) -> str:
+    pins = read_pins(root)
+    if name not in pins:
+        known = ", ".join(pins) or "none"
+        raise JobError(f"{root.url} has no pin {name!r}; pins: {known}", Exit.USAGE)
+    if write:
+        unpin(root, name)
+        numbers = ", ".join(map(str, pins[name].versions))
+        session.display.done(f"unpinned version {numbers}, which {pins[name].holder} had pinned")
+    return name
+
+
 # ---------------------------------------------------------------- overview
 
 
@@ -114,111 +136,27 @@ def _overview(session: Session, root: Store) -> dict[str, Any]:
     say, console = session.display.say, session.display.console
     say(facts.url)
     if facts.versions or facts.void:
-        console.print(_versions_table(facts))
+        console.print(versions_table(facts))
         for number, reason in facts.void.items():
             say(f"version {number}: void, nobody has this number: {reason}")
-        for line in _fingerprint_lines(facts.versions):
+        for line in fingerprint_lines(facts.versions):
             say(line)
         for version in facts.versions[-1:]:
-            for line in _version_lines(version):
+            for line in version_lines(version):
                 say(line)
     if facts.generations:
-        console.print(_generations_table(facts.generations))
-    say(_lease_line(facts.lease))
+        console.print(generations_table(facts.generations))
+    say(lease_line(facts.lease))
     for pin in facts.pins:
         numbers = ", ".join(map(str, pin.versions))
         say(f"pinned: version {numbers} by {pin.holder}, since {pin.created} ({pin.name})")
     if facts.problems:
-        raise JobError(_listed(f"{root.url} is damaged", facts.problems))
+        raise JobError(listed(f"{root.url} is damaged", facts.problems))
     if not facts.versions:
         if not facts.generations:
             raise JobError(_nothing_sealed(root))
         say(_nothing_sealed(root))
     return facts.as_dict()
-
-
-def _versions_table(facts: Overview) -> Table:
-    numbers = ("rows", "rejected", "excluded", "missing", "files", "size")
-    table = _table("versions", "version", *numbers)
-    table.add_column("fingerprint", no_wrap=True)
-    table.add_column("notes")
-    lines = {version.version: _version_row(version) for version in facts.versions}
-    for number in facts.void:
-        lines[number] = [str(number), *["–"] * len(numbers), "", "void"]
-    for number in sorted(lines):
-        _add_row(table, lines[number], style="dim" if number in facts.void else "")
-    return table
-
-
-def _version_row(version: VersionFacts) -> list[str]:
-    return [
-        str(version.version),
-        f"{version.rows:,}",
-        f"{version.rejected:,}",
-        f"{version.excluded:,}",
-        "?" if version.missing is None else f"{version.missing:,}",
-        f"{version.files:,}",
-        decimal(version.bytes),
-        version.fingerprint_digest[:_SHORT],
-        "pinned" if version.pinned_by else "",
-    ]
-
-
-def _fingerprint_lines(versions: Sequence[VersionFacts]) -> Iterator[str]:
-    """What made the versions, once for each fingerprint, and with which libraries at last."""
-    newest = {version.fingerprint_digest: version for version in versions}
-    for digest, version in newest.items():
-        made = [f"{name} {version.created_by.get(name, '?')}" for name in _MADE_WITH]
-        yield f"{digest[:_SHORT]}: {_sampler(version.fingerprint)} ({', '.join(made)})"
-
-
-def _sampler(fingerprint: dict[str, Any]) -> str:
-    return (
-        f"{fingerprint.get('solver')}, {fingerprint.get('steps')} steps, "
-        f"guidance {fingerprint.get('guidance_scale')}, "
-        f"teacher {str(fingerprint.get('teacher_revision'))[:_SHORT]}"
-    )
-
-
-def _version_lines(version: VersionFacts) -> Iterator[str]:
-    name = f"version {version.version}"
-    if version.statistics:
-        figures = (f"{key.replace('_', ' ')} {v:.4g}" for key, v in version.statistics.items())
-        yield f"{name}: {', '.join(figures)}"
-    if version.asked is None:
-        yield f"{name}: its landed prompts {version.prompts_digest[:_SHORT]} are gone"
-    else:
-        yield f"{name}: {version.rows:,} of {version.asked:,} rows that were asked for"
-    reasons = list(version.reasons.items())
-    for reason, count in reasons[:_REASONS]:
-        yield f"{name}: {count:,} rejected: {reason}"
-    if len(reasons) > _REASONS:
-        rest = sum(count for _, count in reasons[_REASONS:])
-        yield f"{name}: {rest:,} rejected for {len(reasons) - _REASONS} other reasons"
-
-
-def _generations_table(generations: Sequence[GenerationFacts]) -> Table:
-    numbers = ("rows written", "rejected", "files", "size", "runs", "GPU-s", "busy s", "run s")
-    table = _table("generations", "folder", *numbers)
-    for item in generations:
-        name = item.folder.rsplit("/", 1)[-1]
-        cells = [name, f"{item.ledger_rows:,}", f"{item.rejected:,}", f"{item.files:,}"]
-        cells += [decimal(item.bytes), str(item.runs)]
-        _add_row(table, [*cells, *(f"{v:,.0f}" for v in (item.gpu_s, item.busy_s, item.seconds))])
-    return table
-
-
-def _lease_line(lease: dict[str, Any] | None) -> str:
-    if lease is None:
-        return "nobody is writing"
-    holder = lease.get("holder") or {}
-    progress = (lease.get("progress") or {}).items()
-    shown = ", ".join(f"{key} {value}" for key, value in progress if key != "count")
-    return (
-        f"lease {lease.get('fence')}: {lease.get('purpose')}, since {lease.get('since')}, by "
-        f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
-        + (f" ({shown})" if shown else "")
-    )
 
 
 # ---------------------------------------------------------------- rows and files
@@ -242,7 +180,7 @@ def _sample(session: Session, root: Store, manifest: Manifest, *, write: bool) -
         decode_rows(teacher, rows),
         [row.prompt for row in rows],
         title,
-        f"{drawn} · {_sampler(manifest.fingerprint)}",
+        f"{drawn} · {sampler_in_words(manifest.fingerprint)}",
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(sheet)
@@ -279,22 +217,17 @@ def _verify(session: Session, root: Store, manifest: Manifest) -> dict[str, Any]
             )
             if ids
         ]
-        raise JobError(_listed(f"{root.url}: {about}", problems), Exit.REFUSED)
+        raise JobError(listed(f"{root.url}: {about}", problems), Exit.REFUSED)
     session.display.done(f"verify: {about}; the noise is that of the seeds, bit for bit")
     return asdict(report)
 
 
 def _teacher(session: Session, manifest: Manifest) -> Any:
     """The recipe's teacher, if it is the one that made the version."""
-    import diffusers
-    import transformers
-
     from dmd_core.teacher import load_teacher, teacher_revision
     from pipelines.reintegration import check_revision
 
     check_revision(manifest, teacher_revision(session.teacher_dir))
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()  # bars of a second's work
     return load_teacher(session.teacher_dir, device=_device(session))
 
 
@@ -312,7 +245,7 @@ def _checksums(session: Session, root: Store, manifest: Manifest) -> dict[str, A
     report = check_files(root, manifest)
     about = f"version {report.version}: {report.files} files, {decimal(report.bytes)}"
     if report.problems:
-        raise JobError(_listed(f"{root.url}, {about}: not as sealed", report.problems))
+        raise JobError(listed(f"{root.url}, {about}: not as sealed", report.problems))
     session.display.done(f"checksums: {about}, {report.rows:,} rows: all as sealed")
     return asdict(report)
 
@@ -345,33 +278,8 @@ def _diff(session: Session, root: Store, old: int, new: int) -> dict[str, Any]:
     ):
         say(f"prompts {what}: {count:,}")
         for example in examples:
-            say(f"  {_short(example)}")
+            say(f"  {shortened(example)}")
     return asdict(diff)
-
-
-# ---------------------------------------------------------------- text
-
-
-def _table(title: str, first: str, *numbers: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(first, no_wrap=True)
-    for name in numbers:
-        table.add_column(name, justify="right")
-    return table
-
-
-def _add_row(table: Table, cells: Sequence[str], style: str = "") -> None:
-    """Plain text: a name or a reason may hold what looks like markup."""
-    table.add_row(*(Text(cell) for cell in cells), style=style)
-
-
-def _listed(head: str, problems: Sequence[str]) -> str:
-    return f"{head}:\n" + "\n".join(f"  {problem}" for problem in problems)
-
-
-def _short(text: str, width: int = 100) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= width else f"{line[: width - 1]}…"
 
 
 def _positive(text: str) -> int:

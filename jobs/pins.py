@@ -3,20 +3,26 @@
 Kept in `pins.json` of the run's folder, so that the same command reads the same data again.
 """
 
+import errno
 import hashlib
 import json
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from jobs.config import resolve_shipped
 from jobs.errors import Exit, JobError
 from jobs.session import Session
+from pipelines.dataset_pins import pin_name
+from pipelines.following import PinHolder
 from pipelines.manifest import Manifest, latest_manifest, load_manifest
 from pipelines.pins import Pins
-from pipelines.prompts import read_prompts
+from pipelines.prompts import PromptSource, read_prompts
 from pipelines.streams import open_pictures, pictures_digest
 
 PINNED = "pins.json"
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def run_pins(session: Session, *, started: bool) -> Pins:
@@ -41,6 +47,28 @@ def run_pins(session: Session, *, started: bool) -> Pins:
 
 def save_pins(session: Session, pins: Pins) -> None:
     session.write_json(PINNED, asdict(pins))
+
+
+def pin_in_dataset(session: Session, versions: Iterable[int]) -> PinHolder | None:
+    """Keep the versions that the run reads from being collected. The pin outlives the training:
+    evaluation and a longer training read them again.
+
+    None: the data set cannot be written to. Raises `ManifestError` for a version that is gone.
+    """
+    url, root = session.store.url, session.pairs_root
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    pin = PinHolder(pin_name(url), f"dmd train {url}", created)
+    try:
+        pin.pin(root, versions)
+    except OSError as error:
+        if not isinstance(error, PermissionError) and error.errno not in _READ_ONLY:
+            raise
+        session.display.say(
+            f"train: {root.url} cannot be written to ({error}); the versions that this run reads "
+            "are not pinned, and are gone if somebody collects them"
+        )
+        return None
+    return pin
 
 
 def pinned_manifest(session: Session) -> Manifest | None:
@@ -84,22 +112,28 @@ def _observe(session: Session, default: int | None) -> Pins:
     section, root = session.recipe.train, session.pairs_root
     asked = {keys.pairs_version for _, keys in section.plan() if keys.needs_pairs}
     versions = {v for v in asked | {default} if v is not None}
-    prompts = section.unpaired_prompts or ("" if default else session.recipe.pairs.prompts)
-    prompts = resolve_shipped(prompts)
-    return Pins(
+    pins = Pins(
         default=default,
         versions={v: load_manifest(root, v).digest for v in sorted(versions)},
-        prompts=prompts,
-        prompts_digest=_prompts_digest(session, prompts),
         pictures_digest=_pictures_digest(session),
     )
-
-
-def _prompts_digest(session: Session, source: str) -> str:
-    if not source:
-        return ""
+    source = _prompt_source(session, default)
+    if source is None:
+        return pins
     prompts = read_prompts(source, session.recipe.storage).prompts
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    return replace(pins, prompts=source.files, prompt_column=source.column, prompts_digest=digest)
+
+
+def _prompt_source(session: Session, default: int | None) -> PromptSource | None:
+    """The prompt files of the DM stream; None: the pairs' own prompts."""
+    unpaired, pairs = session.recipe.train.unpaired_prompts, session.recipe.pairs
+    if unpaired:
+        return PromptSource((resolve_shipped(unpaired),))
+    if default:
+        return None
+    files = (pairs.prompts,) if isinstance(pairs.prompts, str) else pairs.prompts
+    return PromptSource(tuple(map(resolve_shipped, files)), pairs.prompt_column)
 
 
 def _pictures_digest(session: Session) -> str:

@@ -37,6 +37,7 @@ _MAY_CHANGE = {
     "train.validation_steps",
     "train.num_validation_images",
     "train.report_to",
+    "train.follow_pairs",
     "pairs.max_rejected_share",
     "pairs.attempts",
     "pairs.lease_seconds",

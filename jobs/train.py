@@ -4,9 +4,12 @@ from dataclasses import asdict
 from typing import Any
 
 from dmd_core.checkpoint import committed_steps, read_state
-from jobs.pins import PINNED, run_pins, save_pins
+from jobs.display import loss_fields
+from jobs.pins import PINNED, pin_in_dataset, run_pins, save_pins
 from jobs.session import Session
-from pipelines.manifest import latest_manifest
+from pipelines.following import PinHolder
+from pipelines.manifest import ManifestError, latest_manifest
+from pipelines.pins import Pins
 from pipelines.train_config import StageKeys, StageSection, stage_steps
 
 CHECKPOINTS = "checkpoints"
@@ -20,19 +23,19 @@ def run(session: Session) -> dict[str, Any]:
     done = _finished(session, steps)
     if done is not None:
         session.display.done(f"train: nothing to do, step {done['step']} is reached")
-        return {"step": done["step"], "trained": False, "pairs_digest": done["pairs_digest"]}
-    pins = run_pins(session, started=bool(steps))
-    from jobs.train_checks import check_training
+        return _result(done, trained=False)
+    try:
+        pins, pin, precision = _agree(session, steps)
+    except ManifestError:  # perhaps collected just now: what is newest then?
+        pins, pin, precision = _agree(session, steps)
     from pipelines.training import train_loop
     from pipelines.workers import run_worker_group
 
-    precision = check_training(session, pins)
-    save_pins(session, pins)
     if steps:
         session.display.say(f"train: going on from step {steps[-1]}")
     session.display.say("train: networks in " + precision["networks"])
     teacher_url = session.teacher_url if session.teacher_dir else ""
-    with session.watch("train", recipe.train.total_steps, "steps") as board:
+    with session.watch("train", recipe.train.total_steps, "steps", _shown) as board:
         run_worker_group(
             train_loop,
             {
@@ -44,6 +47,7 @@ def run(session: Session) -> dict[str, Any]:
                 "teacher": teacher_url,
                 "root": session.pairs_root.url,
                 "pins": asdict(pins),
+                "pin": None if pin is None else asdict(pin),
                 "board": board,
             },
             store=session.store,
@@ -52,9 +56,48 @@ def run(session: Session) -> dict[str, Any]:
             use_gpu=recipe.train.use_gpu,
             max_failures=recipe.train.max_failures,
         )
-    step = _steps(session)[-1]
-    session.display.done(f"train: {step} steps, {session.store.url}")
-    return {"step": step, "trained": True, "pairs_digest": pins.digest}
+    done = _newest_state(session, _steps(session))
+    session.display.done(f"train: {done['step']} steps, {session.store.url}")
+    result = _result(done, trained=True)
+    if pin is not None:
+        session.display.say(
+            f"train: pairs stay pinned for evaluation and longer training (version "
+            f"{_listed(result['pairs_versions'])}); dmd inspect {session.pairs_root.url} "
+            f"--unpin {pin.name} ends that"
+        )
+    return result
+
+
+def _agree(session: Session, steps: list[int]) -> tuple[Pins, PinHolder | None, dict[str, str]]:
+    """What the run reads, checked and then bound; and the networks' precision, in words."""
+    from jobs.train_checks import check_training
+
+    pins = run_pins(session, started=bool(steps))
+    precision = check_training(session, pins)
+    versions = set(pins.versions)
+    if steps:
+        followed = _newest_state(session, steps)["pairs_segments"]
+        versions |= {segment["version"] for segment in followed}
+    pin = pin_in_dataset(session, versions) if versions else None
+    save_pins(session, pins)
+    return pins, pin, precision
+
+
+def _result(state: dict[str, Any], *, trained: bool) -> dict[str, Any]:
+    return {
+        "step": state["step"],
+        "trained": trained,
+        "pairs_digest": state["pairs_digest"],
+        "pairs_versions": sorted({segment["version"] for segment in state["pairs_segments"]}),
+    }
+
+
+def _listed(versions: list[int]) -> str:
+    return ", ".join(map(str, versions))
+
+
+def _shown(fields: dict[str, Any]) -> str:
+    return f"{loss_fields(fields)}  {fields.get('pairs', '')}".strip()
 
 
 def plan(session: Session) -> dict[str, Any]:
@@ -71,6 +114,8 @@ def plan(session: Session) -> dict[str, Any]:
         for index, (stage, keys) in enumerate(section.plan())
     }
     pairs = f"version {version}" if version else "none sealed yet"
+    if section.follow_pairs != "no":
+        pairs += f", then the newest one at each {section.follow_pairs}"
     return {
         "pairs": pairs if section.needs_pairs else "none needed",
         **stages,
@@ -109,10 +154,14 @@ def _finished(session: Session, steps: list[int]) -> dict[str, Any] | None:
     work to do. `steps`: those that have a checkpoint."""
     if not steps:
         return None
-    state = read_state(session.store.fs, session.store.path(CHECKPOINTS), steps[-1])
+    state = _newest_state(session, steps)
     total = session.recipe.train.total_steps
     finished = state["finished"] and state["total_steps"] == total
     return state if finished or steps[-1] >= total else None
+
+
+def _newest_state(session: Session, steps: list[int]) -> dict[str, Any]:
+    return read_state(session.store.fs, session.store.path(CHECKPOINTS), steps[-1])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Fail at the door: does the recipe fit the teacher and the pairs? Before any worker starts."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from dmd_core.schedule import Schedule
 from dmd_core.teacher import teacher_revision
 from jobs.errors import Exit, JobError
 from jobs.session import Session
-from pipelines.batches import PairReader
 from pipelines.manifest import load_manifest
+from pipelines.pair_fit import PairFit
 from pipelines.pins import Pins
 from pipelines.train_config import TrainSection
 from pipelines.train_settings import lora_settings
@@ -56,25 +57,12 @@ def _check_pairs(session: Session, pins: Pins, teacher: Path) -> None:
     """Are these pairs of this very teacher, in its shape?"""
     if not pins.versions:
         return
-    revision, shape = teacher_revision(str(teacher)), _latent_shape(session, teacher)
+    pairs, root = session.recipe.pairs, session.pairs_root
+    fit = PairFit(teacher_revision(str(teacher)), _latent_shape(teacher), pairs.height, pairs.width)
     for version in pins.versions:
-        manifest = load_manifest(session.pairs_root, version)
-        name = f"{session.pairs_root.url} version {version}"
-        made_by = manifest.fingerprint["teacher_revision"]
-        if made_by != revision:
-            raise JobError(
-                f"{name} was made by teacher {made_by[:16]}…, but teacher.path is "
-                f"{revision[:16]}…; a student learns from its own teacher's pairs only",
-                Exit.REFUSED,
-            )
-        stored = tuple(PairReader(session.pairs_root, manifest, seed=0).batch(0, 1).noise.shape[1:])
-        if stored != shape:
-            raise JobError(
-                f"{name} holds latents of shape {stored}; the teacher with pairs.height "
-                f"{session.recipe.pairs.height} and pairs.width {session.recipe.pairs.width} "
-                f"has {shape}",
-                Exit.REFUSED,
-            )
+        misfit = fit.misfit(root, load_manifest(root, version))
+        if misfit:
+            raise JobError(f"{root.url} version {version} {misfit}", Exit.REFUSED)
 
 
 def _scheduler(teacher: Path) -> Any:
@@ -90,10 +78,14 @@ def _unet_config(teacher: Path) -> dict[str, Any]:
     return json.loads((teacher / "unet" / "config.json").read_text())
 
 
-def _latent_shape(session: Session, teacher: Path) -> tuple[int, ...]:
+def _latent_shape(teacher: Path) -> Callable[[int | None, int | None], tuple[int, ...]]:
+    """(C,h,w) for a height and a width in pixels, without the teacher's weights."""
     unet = _unet_config(teacher)
     vae = json.loads((teacher / "vae" / "config.json").read_text())
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     own = unet["sample_size"] * factor
-    pairs = session.recipe.pairs
-    return unet["in_channels"], (pairs.height or own) // factor, (pairs.width or own) // factor
+
+    def shape(height: int | None, width: int | None) -> tuple[int, ...]:
+        return unet["in_channels"], (height or own) // factor, (width or own) // factor
+
+    return shape

@@ -3,7 +3,6 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -135,16 +134,11 @@ class PairFiles:
         self._schema = schema
 
 
-def tensor_rows(column: pa.ChunkedArray, layout: Layout) -> np.ndarray:
-    """(n, C·h·w) of a tensor column: a read-only view where it is one piece of memory."""
-    width = prod(layout.shape)
-    dtype = np.dtype(layout.dtype).newbyteorder("<")
-    views = [np.empty((0, width), dtype)] if column.num_chunks == 0 else []
-    for chunk in column.chunks:
-        offset = chunk.offset * width * dtype.itemsize
-        values = np.frombuffer(chunk.buffers()[1], dtype, len(chunk) * width, offset)
-        views.append(values.reshape(-1, width))
-    return views[0] if len(views) == 1 else np.concatenate(views)
+def kept_mask(file: ManifestFile) -> np.ndarray:
+    """(rows of the file,) bool: which of them belong to the version."""
+    keep = np.ones(file.rows, dtype=bool)
+    keep[[item.row for item in file.excluded]] = False
+    return keep
 
 
 def _sha256(stream: pa.NativeFile) -> str:

@@ -257,6 +257,11 @@ def _views(column: pa.ChunkedArray, elements: int, dtype: str) -> list[np.ndarra
     return views
 
 
+def tensor_values(column: pa.ChunkedArray, elements: int, dtype: str) -> np.ndarray:
+    """(n, elements) of a tensor column: a read-only view where it is one piece of memory."""
+    return _joined(_views(column, elements, dtype))
+
+
 def _joined(views: list[np.ndarray]) -> np.ndarray:
     return views[0] if len(views) == 1 else np.concatenate(views)
 

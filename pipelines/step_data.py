@@ -5,6 +5,7 @@ sample i of a stream is the same sample on any number of workers.
 """
 
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -12,8 +13,9 @@ from dmd_core.noise import sample_noise, sample_uniform, stable_seed
 from dmd_core.teacher import Teacher
 from dmd_core.train_step import PairedPart, Pictures, StepNoise
 from dmd_core.trainer import StepData, Unpaired
-from pipelines.batches import PairReader, part_of_batch
-from pipelines.streams import PictureStream, PromptStream
+from dmd_core.types import PairBatch
+from pipelines.batches import part_of_batch
+from pipelines.streams import PictureStream
 from pipelines.train_config import StageKeys, StageSection, stage_steps
 
 
@@ -53,11 +55,26 @@ class Progress:
         return replace(self, stage=self.stage + 1, step_in_stage=0)
 
 
+class PairSource(Protocol):
+    """An endless stream of pairs: a version's, or those of several after one another."""
+
+    def batch_from(
+        self, position: int, global_batch: int, rank: int = 0, world_size: int = 1
+    ) -> PairBatch: ...
+
+
+class PromptSource(Protocol):
+    """An endless stream of prompts: a list's, or those of the pairs."""
+
+    def batch_from(
+        self, position: int, global_batch: int, rank: int = 0, world_size: int = 1
+    ) -> tuple[str, ...]: ...
+
+
 class StepSource:
     """`draw(progress, keys)` is a pure function of its arguments: to resume is to ask again.
 
-    `prompts`: a list's stream, or the pairs' own prompts. `pairs` and `pictures` are None where no
-    stage needs them.
+    `pairs` and `pictures` are None where no stage needs them.
     """
 
     def __init__(
@@ -69,14 +86,14 @@ class StepSource:
         world: int,
         shape: tuple[int, ...],
         timesteps: int,
-        prompts: PromptStream | PairReader,
+        prompts: PromptSource,
         pictures: PictureStream | None,
     ) -> None:
         self._teacher, self._seed, self._rank, self._world = teacher, seed, rank, world
         self._shape, self._timesteps = shape, timesteps
         self._prompts, self._pictures = prompts, pictures
 
-    def draw(self, progress: Progress, keys: StageKeys, pairs: PairReader | None) -> StepData:
+    def draw(self, progress: Progress, keys: StageKeys, pairs: PairSource | None) -> StepData:
         paired, pair_samples = self._paired(progress, keys, pairs)
         also = pair_samples if keys.pairs_in_dm else []
         unpaired = tuple(
@@ -89,8 +106,7 @@ class StepSource:
         drawn = stable_seed(self._seed, "student step", at.step, update)
         student_step, size = drawn % self._timesteps, keys.train_batch_size
         position = at.prompts + update * size
-        batch = self._prompts.batch_from(position, size, self._rank, self._world)
-        prompts = batch if isinstance(batch, tuple) else batch.prompts
+        prompts = self._prompts.batch_from(position, size, self._rank, self._world)
         samples = self._samples(position, size)
         first = samples if update == 0 else []  # only the first serves the generator
         judged = first if keys.gan_weight > 0 else []
@@ -128,7 +144,7 @@ class StepSource:
         )
 
     def _paired(
-        self, at: Progress, keys: StageKeys, pairs: PairReader | None
+        self, at: Progress, keys: StageKeys, pairs: PairSource | None
     ) -> tuple[PairedPart | None, list[int]]:
         if not keys.needs_pairs or pairs is None:
             return None, []

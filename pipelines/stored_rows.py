@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from pipelines.batches import PairFileError
 from pipelines.bounded import map_bounded
 from pipelines.inspection import landed_ids_of
 from pipelines.manifest import Manifest, ManifestFile
+from pipelines.pair_files import PairFileError, kept_mask
 from pipelines.pairs import PairSchemaError, decode_pairs, fingerprint_digest
 from pipelines.seal import FileFacts, Inspector, SealError
 from pipelines.storage import Store
@@ -54,9 +54,7 @@ class FilesReport:
 
 def kept_places(file: ManifestFile) -> np.ndarray:
     """Places in the file, ascending, of the rows that belong to the version."""
-    keep = np.ones(file.rows, dtype=bool)
-    keep[[item.row for item in file.excluded]] = False
-    return np.flatnonzero(keep)
+    return np.flatnonzero(kept_mask(file))
 
 
 def read_columns(root: Store, file: ManifestFile, columns: Sequence[str]) -> pa.Table:

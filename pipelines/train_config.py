@@ -3,15 +3,20 @@
 Keys keep diffusers' names where the concept exists. Contradictions are errors before any work.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipelines.config import MixedPrecision, NotNegative, Positive, Rate, Section
 
 RegressionLoss = Literal["l1", "l2", "huber", "lpips", "st-lpips"]
 DmWeighting = Literal["normalised", "sigma_over_alpha", "sigma3_over_alpha"]
 ScoreWeight = Literal["teacher", "epsilon", "v", "x0", "edm"]
+# YAML reads a bare `no` as false.
+FollowPairs = Annotated[
+    Literal["no", "epoch", "stage"],
+    BeforeValidator(lambda value: "no" if value is False else value),
+]
 # What a stage may wait for: the names of metrics.jsonl that every run has.
 StageMetric = Literal[
     "loss_dm",
@@ -86,6 +91,11 @@ class StageKeys(Section):
     @property
     def needs_pairs(self) -> bool:
         return self.lambda_reg > 0
+
+    @property
+    def follows(self) -> bool:
+        """Does it read whatever version the run reads by default?"""
+        return self.needs_pairs and self.pairs_version is None
 
 
 class MetricRule(Section):
@@ -165,6 +175,11 @@ class TrainSection(StageKeys):
         description="times the student is called at; empty: the last one. "
         "[999, 749, 499, 249]: DMD2's four steps; [399]: one step told an earlier time",
     )
+    follow_pairs: FollowPairs = Field(
+        default="no",
+        description="take the newest sealed version of the pairs at the end of each epoch, or at "
+        "the start of each stage; stages with a pairs_version stay with it",
+    )
     unpaired_prompts: str = Field(
         default="",
         description="prompt file of the DM stream; empty: the pairs' prompts, or pairs.prompts "
@@ -213,6 +228,11 @@ class TrainSection(StageKeys):
         if self.stages and self.max_train_steps is not None:
             raise ValueError(
                 "max_train_steps and stages are both given; the stages' own steps add up"
+            )
+        if self.follow_pairs != "no" and not any(keys.follows for _, keys in self.plan()):
+            raise ValueError(
+                f"follow_pairs is {self.follow_pairs}, but there is nothing to follow: every stage "
+                "has lambda_reg 0 or names its pairs_version"
             )
         times = self.student_timesteps
         if times is not None and (not times or list(times) != sorted(set(times), reverse=True)):

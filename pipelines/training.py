@@ -1,16 +1,19 @@
 """Stations 5-7 as a Ray Train job: pairs and prompts in, student and fake score out.
 
-The run's state is its networks, optimizers and `Progress` alone: every random number and every
-batch is a function of these and of the run's seed.
+The run's state is its networks, optimizers, `Progress` and the segments of the pairs it follows
+alone: every random number and every batch is a function of these and of the run's seed.
 """
 
+import logging
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import ray.train
 import torch
+from ray.train.collective import broadcast_from_rank_zero
 
 from dmd_core.checkpoint import (
     Checkpoint,
@@ -28,10 +31,10 @@ from dmd_core.noise import sample_noise, stable_seed
 from dmd_core.perceptual import load_perceptual
 from dmd_core.teacher import load_teacher
 from dmd_core.trainer import DmdTrainer
-from pipelines.batches import PairReader
 from pipelines.config import PairsSection, StorageSection
-from pipelines.manifest import load_manifest
+from pipelines.following import FollowedPrompts, Follower, NewerVersions, PairVersions, PinHolder
 from pipelines.metrics_log import MetricsLog
+from pipelines.pair_fit import PairFit
 from pipelines.pins import Pins
 from pipelines.plots import picture_grid
 from pipelines.progress import Throttle
@@ -45,11 +48,12 @@ from pipelines.workers import set_threads
 
 CHECKPOINTS = "checkpoints"
 _SAMPLE_PROMPTS = "prompts of the sample pictures"
+_logger = logging.getLogger(__name__)
 
 
 def train_loop(config: dict[str, Any]) -> None:
     """One worker of `dmd train`. `config`: train, pairs, seed, dir, storage, teacher, root, pins,
-    board."""
+    pin (a `PinHolder`), board."""
     set_threads(config["train"]["threads_per_worker"])
     _DmdRun(config).run()
 
@@ -68,7 +72,9 @@ class _DmdRun:
         self.teacher = load_teacher(
             local_copy(open_store(config["teacher"], self.storage)), device=device
         )
-        self.readers = self._open_pairs(open_store(config["root"], self.storage))
+        self.root = open_store(config["root"], self.storage)
+        self.versions = PairVersions(self.root, self.pins, self.seed)
+        self.follower = self._follower(config.get("pin"))
         self.networks = DmdNetworks(
             self.teacher,
             trainer_settings(self.section, self.seed),
@@ -94,28 +100,23 @@ class _DmdRun:
 
     # ------------------------------------------------------------------ what it reads
 
-    def _open_pairs(self, root: Store) -> dict[int, PairReader]:
-        readers = {}
-        for version, digest in self.pins.versions.items():
-            manifest = load_manifest(root, version)
-            if manifest.digest != digest:
-                raise CheckpointError(
-                    f"{root.url} version {version} has digest {manifest.digest[:12]}…, "
-                    f"expected {digest[:12]}… as pinned by this run"
-                )
-            readers[version] = PairReader(root, manifest, seed=stable_seed(self.seed, "pairs"))
-        return readers
+    def _open_prompts(self) -> PromptStream | FollowedPrompts:
+        if not self.pins.prompts:
+            return FollowedPrompts(self.versions)
+        prompts = read_prompts(self.pins.prompt_source, self.storage).prompts
+        return PromptStream(prompts, stable_seed(self.seed, "prompts"))
 
-    def _reader(self, keys: StageKeys) -> PairReader | None:
-        version = keys.pairs_version or self.pins.default
-        return self.readers[version] if keys.needs_pairs and version else None
-
-    def _open_prompts(self) -> PromptStream | PairReader:
-        seed = stable_seed(self.seed, "prompts")
-        if self.pins.prompts:
-            return PromptStream(read_prompts(self.pins.prompts, self.storage).prompts, seed)
-        assert self.pins.default is not None
-        return self.readers[self.pins.default].with_seed(seed)
+    def _follower(self, pin: dict[str, str] | None) -> Follower:
+        pairs, newer = self.pairs_section, None
+        if self.rank == 0:
+            fit = PairFit(
+                self.teacher.revision, self.teacher.latent_shape, pairs.height, pairs.width
+            )
+            holder = PinHolder(**pin) if pin else None
+            newer = NewerVersions(self.root, fit, holder, _logger.warning)
+        alone = ray.train.get_context().get_world_size() == 1
+        share = (lambda found: found) if alone else broadcast_from_rank_zero
+        return Follower(self.section, self.versions, newer, share)
 
     def _open_pictures(self) -> PictureStream | None:
         if not self.section.uses_gan:
@@ -168,11 +169,11 @@ class _DmdRun:
         window, window_steps, started = Tally(), 0, time.monotonic()
         over = self.progress.stage_is_over(stage, keys, None)
         while not over:
-            data = self.source.draw(self.progress, keys, self._reader(keys))
+            data = self.source.draw(self.progress, keys, self.versions.stream(keys))
             tally = self.trainer.step(data, self.lr_factor(self.progress.step))
             window.merge(tally)
             window_steps += 1
-            self.progress = self.progress.after_step(keys)
+            before, self.progress = self.progress, self.progress.after_step(keys)
             step, metrics = self.progress.step, None
             over = self.progress.stage_is_over(stage, keys, None)
             if self.rank == 0 and self.board is not None and (board_throttle.ready() or over):
@@ -187,20 +188,27 @@ class _DmdRun:
             self.finished = over and last
             if over and not last:
                 self.progress = self.progress.next_stage()
+            switched = None if self.finished else self.follower.follow(before, self.progress)
+            if switched is not None:
+                self._log(switched)
             if step % section.validation_steps == 0 or over:
                 self._validate()
             if step % section.checkpointing_steps == 0 or over:
                 self._save()
         self.finished = last  # also where there was nothing left to do
 
-    def _log(self, metrics: dict[str, float]) -> None:
+    def _log(self, metrics: Mapping[str, float]) -> None:
         names = {"stage": self.progress.stage} if self.section.stages else {}
         self.log.append({"step": self.progress.step, **names, **metrics})
         if self.rank == 0 and self.flush_throttle.ready():
             self.log.flush()
 
     def _shown(self, tally: Tally, stage: str) -> dict[str, Any]:
-        shown = {n: v for n, v in tally.means().items() if n.startswith("loss") and "_t" not in n}
+        shown: dict[str, Any] = {
+            n: v for n, v in tally.means().items() if n.startswith("loss") and "_t" not in n
+        }
+        if self.versions.segments:
+            shown["pairs"] = f"pairs v{self.versions.segments[-1].version}"
         return shown | ({"stage": stage} if self.section.stages else {})
 
     def _mean_over_workers(self, window: Tally) -> dict[str, float]:
@@ -225,6 +233,7 @@ class _DmdRun:
         self.log.flush()
         state = {
             "pairs_digest": self.pins.digest,
+            "pairs_segments": self.versions.state(),
             "teacher_revision": self.teacher.revision,
             "progress": asdict(self.progress),
             "finished": self.finished,
@@ -252,6 +261,7 @@ class _DmdRun:
         self.networks.load(found.parts)
         self.trainer.nonfinite_updates = found.state["nonfinite_updates"]
         self.progress = Progress(**found.state["progress"])
+        self.versions.restore(found.state["pairs_segments"])
         same_plan = found.state["total_steps"] == self.section.total_steps
         self.finished = found.state["finished"] and same_plan
 
@@ -279,10 +289,10 @@ class _DmdRun:
     def _shown_pairs(self, count: int) -> tuple[torch.Tensor, tuple[str, ...], torch.Tensor]:
         """(ε, prompts, teacher's latents): stored pairs, or a few made here if there are none."""
         if self.pins.default is not None:
-            batch = self.readers[self.pins.default].batch(0, count)
+            batch = self.versions.first().batch(0, count)
             return batch.noise.float(), batch.prompts, batch.latents
         if not hasattr(self, "_made"):
-            prompts = read_prompts(self.pins.prompts, self.storage).prompts[:count]
+            prompts = read_prompts(self.pins.prompt_source, self.storage).prompts[:count]
             seeds = [
                 stable_seed(self.seed, _SAMPLE_PROMPTS, index) for index in range(len(prompts))
             ]

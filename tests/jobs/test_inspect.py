@@ -9,6 +9,7 @@ from PIL import Image
 
 from jobs.cli import main
 from jobs.errors import Exit
+from pipelines.dataset_pins import pin_versions, read_pins
 from pipelines.manifest import void_next_number
 from pipelines.storage import open_store
 from tests.pipelines.made_pairs import FINGERPRINT, write_file
@@ -50,6 +51,19 @@ def test_the_recipe_says_where_the_pairs_are(root, capfd):
     assert main(["inspect", "--json", *arguments]) == Exit.OK
     found = json.loads(capfd.readouterr().out)
     assert found["url"] == root.url and found["versions"][0]["rows"] == 4
+
+
+def test_a_pin_can_be_given_up_by_its_name(inspect, root):
+    write_file(root, "a-0.parquet", range(4))
+    commit_files(root, ["a-0.parquet"])
+    pin_versions(root, "a-run", [1], holder="dmd train of a run", created="now")
+    assert "pinned: version 1 by dmd train of a run, since now (a-run)" in inspect()[2]
+    code, _, err = inspect("--unpin", "another")
+    assert code == Exit.USAGE and "no pin 'another'; pins: a-run" in err
+    code, _, err = inspect("--unpin", "a-run", "--dry-run")
+    assert code == Exit.OK and list(read_pins(root)) == ["a-run"]
+    code, _, err = inspect("--unpin", "a-run")
+    assert code == Exit.OK and "unpinned version 1" in err and read_pins(root) == {}
 
 
 def test_versions_are_shown_and_given_as_json(inspect, root):

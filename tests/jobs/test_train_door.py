@@ -6,6 +6,10 @@ import shutil
 import pytest
 
 from jobs.errors import Exit
+from pipelines.dataset_pins import pin_name, read_pins
+from pipelines.following import PinHolder
+from pipelines.manifest import load_manifest
+from pipelines.storage import Store, open_store
 from tests.jobs.tiny_cli import run_tiny
 from tests.pipelines.test_training import PAIRS, pairs  # noqa: F401  (a fixture)
 
@@ -44,6 +48,9 @@ def train(tiny_teacher_dir, tmp_path, capsys, pairs, monkeypatch):  # noqa: F811
         ({"train__r1_weight": 1}, "there is no discriminator"),
         ({"train__max_train_steps": 9, "train__stages": "[{steps: 3}]"}, "both given"),
         ({"train__stages": "[{steps: 3, samples: 3}]"}, "train.stages.0"),
+        ({"train__lambda_reg": 0, "train__follow_pairs": "epoch"}, "nothing to follow"),
+        ({"train__pairs_version": 1, "train__follow_pairs": "stage"}, "nothing to follow"),
+        ({"train__follow_pairs": "often"}, "train.follow_pairs"),
         ({"train__stages": "[{steps: 3}, {name: b, lambda_reg: 0, dm_weight: 0}]"}, "stages.1"),
         ({"train__stages": "[{steps: 3, learning_rat: 1}]"}, "learning_rat"),
         ({"train__stages": "[{steps: 3, until: {metric: loss_gan, below: 1}}]"}, "loss_gan"),
@@ -131,6 +138,72 @@ def test_an_epsilon_teacher_whose_last_time_holds_no_signal(train, tiny_teacher_
     assert code == Exit.USAGE and "zero-terminal-SNR" in message
 
 
+@pytest.fixture
+def copied(pairs, tmp_path) -> Store:  # noqa: F811
+    """A data set of one's own, to write into."""
+    shutil.copytree(
+        pairs[0].root, tmp_path / "copied", ignore=lambda folder, names: {"pins"} & set(names)
+    )
+    return open_store(str(tmp_path / "copied"))
+
+
+def test_pairs_of_several_shapes(train, copied):
+    digest = load_manifest(copied, 1).prompts_digest
+    shutil.copy(
+        copied.path("prompts", f"{digest}.parquet"),
+        copied.path("prompts", f"{digest}-32x16.parquet"),
+    )
+    code, message = train(pairs__root=copied.url)
+    assert code == Exit.REFUSED
+    assert "version 1 holds latents of several shapes: (4, 4, 4), (4, 8, 4)" in message
+
+
+def test_what_a_run_reads_is_pinned_before_it_starts_and_not_by_one_that_is_refused(train, copied):
+    train(pairs__root=copied.url, train__student_timesteps="[1200]")
+    assert read_pins(copied) == {}
+    with pytest.raises(AssertionError, match="not refused"):
+        train(pairs__root=copied.url, train__follow_pairs=False)
+    name = pin_name(str(train.folder / "run"))
+    pin = read_pins(copied)[name]
+    assert pin.versions == (1,) and pin.holder == f"dmd train {train.folder / 'run'}"
+
+    # Gone on with: also what its newest checkpoint has gone over to.
+    content = load_manifest(copied, 1).content() | {"version": 2}
+    copied.fs.pipe_file(copied.path("manifests", "000002.json"), json.dumps(content).encode())
+    _pretend_a_checkpoint(train.folder / "run", versions=(1, 2))
+    with pytest.raises(AssertionError, match="not refused"):
+        train(pairs__root=copied.url)
+    assert read_pins(copied)[name].versions == (1, 2)
+    assert json.loads((train.folder / "run" / "pins.json").read_text())["default"] == 1
+
+
+def test_a_version_that_is_collected_before_it_is_pinned(train, copied, monkeypatch):
+    content = load_manifest(copied, 1).content() | {"version": 2}
+    newer = copied.path("manifests", "000002.json")
+    copied.fs.pipe_file(newer, json.dumps(content).encode())
+    pin = PinHolder.pin
+
+    def collected(self, root, versions):
+        if copied.fs.exists(newer):
+            copied.fs.rm_file(newer)
+        pin(self, root, versions)
+
+    monkeypatch.setattr(PinHolder, "pin", collected)
+    with pytest.raises(AssertionError, match="not refused"):
+        train(pairs__root=copied.url)
+    assert read_pins(copied)[pin_name(str(train.folder / "run"))].versions == (1,)
+    assert json.loads((train.folder / "run" / "pins.json").read_text())["default"] == 1
+
+
+def test_a_data_set_that_cannot_be_written_to_is_read_without_a_pin(train, monkeypatch):
+    def refused(self, root, versions):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(PinHolder, "pin", refused)
+    with pytest.raises(AssertionError, match="not refused"):
+        train()
+
+
 def test_prompts_that_changed_since_the_run_started(train):
     settings = {"train__lambda_reg": 0, "pairs__root": train.folder / "nothing"}
     with pytest.raises(AssertionError, match="not refused"):  # DMD2 needs no pairs
@@ -146,9 +219,13 @@ def test_prompts_that_changed_since_the_run_started(train):
     assert code == Exit.REFUSED and "prompts digest" in message
 
 
-def _pretend_a_checkpoint(run):
+def _pretend_a_checkpoint(run, versions=()):
     """Of step 1 of a run that is not finished."""
     folder = run / "checkpoints" / "checkpoint-00000001"
     folder.mkdir(parents=True)
     (folder / "MANIFEST.json").write_text(json.dumps({"files": {}}))
-    (folder / "state.json").write_text(json.dumps({"finished": False, "total_steps": 6}))
+    state = {
+        "finished": False, "total_steps": 6,
+        "pairs_segments": [{"version": version} for version in versions],
+    }  # fmt: skip
+    (folder / "state.json").write_text(json.dumps(state))

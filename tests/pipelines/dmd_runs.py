@@ -1,24 +1,35 @@
 """Bare training loops without Ray: what `dmd train` does on one worker, for tests of its parts."""
 
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
+from dmd_core.files import write_atomic
 from dmd_core.health import Tally
 from dmd_core.losses import regression_distance
 from dmd_core.networks import DmdNetworks, World
+from dmd_core.noise import sample_noise
 from dmd_core.teacher import Teacher
 from dmd_core.trainer import DmdTrainer
-from pipelines.batches import PairReader
-from pipelines.step_data import Progress, StepSource
-from pipelines.storage import open_store
+from dmd_core.types import PairBatch
+from pipelines.config import PairsSection
+from pipelines.following import Follower, PairVersions
+from pipelines.manifest import Manifest
+from pipelines.pairs import encode_pairs, fingerprint_of
+from pipelines.seal import seal_generation
+from pipelines.step_data import PairSource, Progress, PromptSource, StepSource
+from pipelines.storage import Store, open_store
 from pipelines.streams import PictureStream, PromptStream, list_pictures
 from pipelines.train_config import TrainSection
 from pipelines.train_settings import lr_factor, stage_settings, trainer_settings
+from tests.pipelines.made_pairs import land_ids
 
 PROMPTS = ("a red fox", "a blue whale", "woman astronaut", "green apple", "flag of nowhere")
 SIZES = {"train_batch_size": 5, "regression_batch_size": 3, "lr_warmup_steps": 2}
@@ -30,10 +41,13 @@ class BareRun:
 
     teacher: Teacher
     section: TrainSection
-    pairs: PairReader | None
+    pairs: PairSource | None
     pictures: str = ""
     rank: int = 0
     world: int = 1
+    prompts: PromptSource | None = None
+    versions: PairVersions | None = None  # in place of `pairs`
+    follower: Follower | None = None
 
     def __post_init__(self) -> None:
         self.networks = DmdNetworks(self.teacher, trainer_settings(self.section, 7), World())
@@ -47,8 +61,8 @@ class BareRun:
             )
         self.source = StepSource(
             self.teacher, seed=7, rank=self.rank, world=self.world, shape=shape,
-            timesteps=len(self.networks.timesteps), prompts=PromptStream(PROMPTS, 1),
-            pictures=stream,
+            timesteps=len(self.networks.timesteps),
+            prompts=self.prompts or PromptStream(PROMPTS, 1), pictures=stream,
         )  # fmt: skip
         self.progress = Progress()
 
@@ -58,12 +72,15 @@ class BareRun:
             stage, keys = self.section.plan()[self.progress.stage]
             distance = regression_distance(keys.regression_loss)
             self.trainer.enter_stage(stage_settings(self.section, keys, distance))
-            data = self.source.draw(self.progress, keys, self.pairs)
+            pairs = self.versions.stream(keys) if self.versions else self.pairs
+            data = self.source.draw(self.progress, keys, pairs)
             tallies.append(self.trainer.step(data, factor(self.progress.step)))
-            self.progress = self.progress.after_step(keys)
+            before, self.progress = self.progress, self.progress.after_step(keys)
             last = self.progress.stage == len(self.section.plan()) - 1
             if self.progress.stage_is_over(stage, keys, tallies[-1].means()) and not last:
                 self.progress = self.progress.next_stage()
+            if self.follower is not None:
+                self.follower.follow(before, self.progress)
         return tallies
 
     def state(self) -> tuple[dict, str]:
@@ -72,11 +89,43 @@ class BareRun:
             part: {name: value.detach().clone() for name, value in tensors.items()}
             for part, tensors in self.networks.parts().items()
         }
-        return parts, json.dumps(asdict(self.progress))
+        segments = self.versions.state() if self.versions else []
+        return parts, json.dumps([asdict(self.progress), segments])
 
     def load(self, state: tuple[dict, str]) -> None:
         self.networks.load(state[0])
-        self.progress = Progress(**json.loads(state[1]))
+        progress, segments = json.loads(state[1])
+        self.progress = Progress(**progress)
+        if self.versions is not None:
+            self.versions.restore(segments)
+
+
+def seal_pairs(
+    root: Store,
+    section: PairsSection,
+    revision: str,
+    shape: tuple[int, ...],
+    ids: Iterable[int],
+    *,
+    base: str = "a",
+) -> Manifest:
+    """Add a file of the pairs `ids` as the teacher `revision` might have made them, (C,h,w) =
+    `shape`, and seal a version of all pairs from 1 to the last of them."""
+    ids = list(ids)
+    fingerprint = fingerprint_of(section, revision)
+    noise = sample_noise(ids, shape).half()
+    batch = PairBatch(tuple(ids), tuple(f"prompt {i}" for i in ids), noise, (noise * 0.5).half())
+    folder = root.at(fingerprint.folder)
+    _write_table(folder, "ledger", f"{base}.parquet", pa.table({"pair_id": ids}))
+    pairs = encode_pairs(batch, ids, fingerprint=fingerprint, provenance={"file": base})
+    _write_table(folder, "data", f"{base}-0.parquet", pairs)
+    return seal_generation(root, fingerprint, land_ids(root, range(1, ids[-1] + 1)))
+
+
+def _write_table(folder: Store, part: str, name: str, table: pa.Table) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=5)
+    write_atomic(folder.fs, folder.path(part, name), buffer.getvalue())
 
 
 def write_pictures(folder: Path, captions: Sequence[str]) -> str:

@@ -1,3 +1,4 @@
+import gc
 import os
 from collections import Counter
 
@@ -5,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import batches
+from pipelines import batches, pair_files, pair_order
 from pipelines.batches import PairFileError, PairReader, part_of_batch
 from pipelines.manifest import ManifestBody, commit_manifest
-from pipelines.seal import seal_generation
+from pipelines.pair_files import PairFiles
+from pipelines.seal import Inspector, seal_generation
 from pipelines.storage import open_store
+from tests.pipelines import made_pairs
 from tests.pipelines.made_pairs import FINGERPRINT, land_ids, made_batch, write_file
 
 ROWS = 50
@@ -93,12 +96,68 @@ def test_batches_hold_the_stored_pairs(root, sealed):
         reader.rows(np.array([ROWS]))
 
 
+def test_the_prompts_alone_come_in_the_order_of_a_reader_with_their_seed(root, sealed):
+    prompts = PairReader(root, sealed, seed=1).prompts(seed=2)
+    reader = PairReader(root, sealed, seed=2)
+    for k in range(14):
+        for rank in range(2):
+            expected = reader.batch(k, BATCH, rank, 2).prompts
+            assert prompts.batch_from(k * BATCH, BATCH, rank, 2) == expected
+
+
+def test_a_batch_may_be_changed_without_harm(root, sealed):
+    reader = PairReader(root, sealed, seed=1)
+    before = reader.batch(0, BATCH).noise.clone()
+    reader.batch(0, BATCH).noise.zero_()
+    assert torch.equal(reader.batch(0, BATCH).noise, before)
+
+
+def test_no_more_files_stay_open_than_allowed_and_closed_ones_are_opened_again(
+    root, sealed, monkeypatch
+):
+    monkeypatch.setattr(pair_files, "_OPEN_FILES", 2)
+    reader = PairReader(root, sealed, seed=1, verify=True)
+    ids = all_ids(reader, range(12))
+    assert ids == all_ids(PairReader(root, sealed, seed=1), range(12))
+    folder, here = root.path(FINGERPRINT.folder, "data"), "/proc/self/fd"
+    if os.path.isdir(here):
+        del reader
+        gc.collect()
+        opened = PairReader(root, sealed, seed=1)
+        all_ids(opened, range(12))
+        links = [os.path.join(here, name) for name in os.listdir(here)]
+        targets = [os.readlink(link) for link in links if os.path.islink(link)]
+        assert 1 <= len([target for target in targets if target.startswith(folder)]) <= 2
+
+
+def test_batches_from_an_object_store_are_those_from_a_disk(root, sealed, s3_store):
+    s3_store.fs.put(root.root + "/", s3_store.root + "/", recursive=True)
+    expected, found = (PairReader(at, sealed, seed=1, verify=True) for at in (root, s3_store))
+    for k in range(7):
+        assert found.batch(k, BATCH).prompts == expected.batch(k, BATCH).prompts
+        assert torch.equal(found.batch(k, BATCH).noise, expected.batch(k, BATCH).noise)
+
+
 def test_the_order_follows_from_seed_and_row_counts_alone(root, sealed):
     reader = PairReader(root, sealed, seed=1)
     other = PairReader(root, sealed, seed=2)
     assert not np.array_equal(reader.global_rows(0, ROWS), other.global_rows(0, ROWS))
     # Pinned: a run that resumes under another NumPy must see the same order.
     assert reader.global_rows(0, 10).tolist() == [18, 48, 49, 16, 35, 17, 41, 31, 40, 19]
+
+
+def test_the_order_is_that_of_one_sort_by_window_and_word(monkeypatch):
+    """Also where words are equal: then rows stay in the version's own order."""
+    counts, words = [5, 0, 3, 7, 1, 4, 6, 2, 5, 3], np.arange(200) * 7919 % 11
+    monkeypatch.setattr(pair_order, "uniform_words", lambda seed, count: words[:count])
+    group = np.repeat(np.arange(10), counts)
+    rank = np.empty(10, np.int64)
+    rank[np.argsort(words[:10], kind="stable")] = np.arange(10)
+    expected = np.lexsort((words[10 : 10 + 36], rank[group] // batches.WINDOW_ROW_GROUPS))
+    order = pair_order.RowOrder(counts, seed=0)
+    assert len(order) == 36 and order.rows_from(0, 36).tolist() == expected.tolist()
+    assert order.rows_from(36, 36).tolist() == expected.tolist()
+    assert order.rows_from(30, 10).tolist() == [*expected[30:], *expected[:4]]
 
 
 def big_manifest(root, groups, rows_per_group):
@@ -113,7 +172,7 @@ def big_manifest(root, groups, rows_per_group):
         "excluded": [],
     }
     body = ManifestBody(
-        schema_version=1,
+        schema_version=2,
         created_by={},
         fingerprint=FINGERPRINT.as_dict(),
         fingerprint_digest=FINGERPRINT.digest,
@@ -148,13 +207,13 @@ def test_positions_are_uniform_over_epochs(root):
 
 def test_row_groups_are_read_once_while_they_are_in_use(root, sealed, monkeypatch):
     reads = Counter()
-    original = PairReader._read
+    original = PairFiles.read
 
-    def counting(self, file, index):
-        reads[file.key, index] += 1
-        return original(self, file, index)
+    def counting(self, number, row_group, columns):
+        reads[number, row_group] += 1
+        return original(self, number, row_group, columns)
 
-    monkeypatch.setattr(PairReader, "_read", counting)
+    monkeypatch.setattr(PairFiles, "read", counting)
     all_ids(PairReader(root, sealed, seed=1), range(ROWS // BATCH))
     assert set(reads.values()) == {1}
 
@@ -214,6 +273,31 @@ def test_a_changed_byte_is_found_when_asked_to_verify(root, sealed):
         file.write(content)
     with pytest.raises(PairFileError, match=r"a-0\.parquet: sha256"):
         read_all(root, sealed, verify=True)
+
+
+def test_a_file_with_another_number_of_rows_than_listed_is_refused(root, sealed):
+    (first, *others) = sealed.files
+    wrong = first.model_copy(update={"row_groups": (8, 4, 4, 1)})
+    manifest = sealed.model_copy(update={"files": (wrong, *others)})
+    with pytest.raises(PairFileError, match=r"a-0\.parquet: row groups of \[4, 4, 4, 4, 1\] rows"):
+        read_all(root, manifest)
+
+
+def test_pairs_of_two_shapes_in_one_version_are_named(root, sealed, monkeypatch):
+    monkeypatch.setattr(made_pairs, "SHAPE", (2, 6, 4))
+    write_file(root, "z-0.parquet", range(50, 53))
+    entry = Inspector(root, FINGERPRINT.digest)(f"{FINGERPRINT.folder}/data/z-0.parquet")
+    file = sealed.files[0].model_copy(
+        update={
+            "key": entry.key, "bytes": entry.bytes, "sha256": entry.sha256, "rows": 3,
+            "row_groups": entry.row_groups, "excluded": (),
+        }
+    )  # fmt: skip
+    manifest = sealed.model_copy(update={"files": (*sealed.files, file), "rows": ROWS + 3})
+    reader = PairReader(root, manifest, seed=1)
+    assert reader.shape == (2, 3, 4)
+    with pytest.raises(PairFileError, match=r"z-0\.parquet: pairs of \(2, 6, 4\) .*\(2, 3, 4\)"):
+        reader.batch(0, ROWS + 3)
 
 
 def test_a_file_of_another_generation_is_refused(root, sealed):

@@ -1,29 +1,22 @@
 """Stations 5-7 on real Ray Train: an interrupted run equals an undisturbed one, bit for bit, and
 two workers see what one sees."""
 
-import io
 import json
 
-import pyarrow.parquet as pq
 import pytest
 import ray.train
 import torch
 
 from dmd_core.checkpoint import Checkpoint, committed_steps, load_checkpoint
-from dmd_core.files import write_atomic
-from dmd_core.noise import sample_noise
 from dmd_core.teacher import load_teacher, teacher_revision
-from dmd_core.types import PairBatch
 from pipelines.config import PairsSection, StorageSection
-from pipelines.manifest import Manifest
-from pipelines.pairs import encode_pairs, fingerprint_of
-from pipelines.seal import seal_generation
+from pipelines.dataset_pins import read_pins
+from pipelines.manifest import Manifest, load_manifest
 from pipelines.storage import Store, open_store
 from pipelines.train_config import TrainSection
 from pipelines.training import CHECKPOINTS, train_loop
 from pipelines.workers import run_worker_group
-from tests.pipelines.dmd_runs import write_pictures
-from tests.pipelines.made_pairs import land_ids
+from tests.pipelines.dmd_runs import seal_pairs, write_pictures
 
 ROWS = 24
 PAIRS = PairsSection(steps=4, guidance_scale=2.0, batch_size=8, rows_per_block=8)
@@ -33,24 +26,26 @@ PAIRS = PairsSection(steps=4, guidance_scale=2.0, batch_size=8, rows_per_block=8
 def pairs(tmp_path_factory, tiny_teacher_dir) -> tuple[Store, Manifest]:
     """A sealed data set of the tiny teacher's shape, made without Ray."""
     root = open_store(str(tmp_path_factory.mktemp("pairs")))
-    teacher = load_teacher(tiny_teacher_dir)
-    fingerprint = fingerprint_of(PAIRS, teacher_revision(tiny_teacher_dir))
-    ids = list(range(1, ROWS + 1))
-    noise = sample_noise(ids, teacher.latent_shape(), torch.float16)
-    batch = PairBatch(tuple(ids), tuple(f"prompt {i}" for i in ids), noise, (noise * 0.5).half())
-    buffer = io.BytesIO()
-    table = encode_pairs(batch, ids, fingerprint=fingerprint, provenance={})
-    pq.write_table(table, buffer, row_group_size=5)
-    write_atomic(root.fs, root.path(fingerprint.folder, "data", "a.parquet"), buffer.getvalue())
-    return root, seal_generation(root, fingerprint, land_ids(root, ids))
+    return root, _seal(root, tiny_teacher_dir, range(1, ROWS + 1))
+
+
+def _seal(root: Store, teacher_dir: str, ids: range, base: str = "a") -> Manifest:
+    shape = load_teacher(teacher_dir).latent_shape()
+    return seal_pairs(root, PAIRS, teacher_revision(teacher_dir), shape, ids, base=base)
 
 
 @pytest.fixture
 def train(pairs, tiny_teacher_dir, tmp_path, ray_cluster):
-    root, manifest = pairs
+    root = pairs[0]
 
     def run(
-        name: str, *, steps: int, workers: int = 1, digest: str | None = None, **changes
+        name: str,
+        *,
+        steps: int,
+        workers: int = 1,
+        digest: str | None = None,
+        root: Store = root,
+        **changes,
     ) -> Store:
         store = open_store(str(tmp_path / name))
         settings = {
@@ -65,7 +60,8 @@ def train(pairs, tiny_teacher_dir, tmp_path, ray_cluster):
             "train": section.model_dump(), "pairs": PAIRS.model_dump(), "seed": 7,
             "storage": StorageSection().model_dump(), "dir": store.url, "root": root.url,
             "teacher": tiny_teacher_dir,
-            "pins": {"default": 1, "versions": {1: digest or manifest.digest}},
+            "pins": {"default": 1, "versions": {1: digest or load_manifest(root, 1).digest}},
+            "pin": {"name": name, "holder": "a test", "created": "now"},
         }  # fmt: skip
         run_worker_group(
             train_loop, config, store=store, num_workers=workers, cpus_per_worker=1,
@@ -118,6 +114,35 @@ def test_an_interrupted_run_equals_an_undisturbed_one_and_two_workers_equal_one(
     two = [{key: line[key] for key in keys} for line in _losses(train("two", steps=6, workers=2))]
     for ours, theirs in zip(two, one, strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-6)
+
+
+def test_all_workers_go_over_to_a_newer_version_at_the_same_step(train, tiny_teacher_dir, tmp_path):
+    root = open_store(str(tmp_path / "growing"))
+    for base, ids in (("a", range(1, 8)), ("b", range(8, 13))):
+        _seal(root, tiny_teacher_dir, ids, base)
+    follow = {"follow_pairs": "epoch", "root": root, "checkpointing_steps": 1}
+    one, two = train("one", steps=5, **follow), train("two", steps=5, workers=2, **follow)
+
+    # 7 rows in batches of 3: the third ends past the epoch, and the fourth starts the segment.
+    segments = _final(one).state["pairs_segments"]
+    at = [(s["version"], s["pairs"], s["prompts"]) for s in segments]
+    assert at == [(1, 0, 0), (2, 9, 15)]
+    assert _final(two).state["pairs_segments"] == segments
+    switches = [line for line in _losses(one) if "pairs_version" in line]
+    assert switches == [{"step": 3, "pairs_version": 2, "pairs_rows": 12}]
+    assert [line for line in _losses(two) if "pairs_version" in line] == switches
+    for ours, theirs in zip(_losses(two), _losses(one), strict=True):
+        for key in ours.keys() & {"loss_reg", "loss_dm"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=2e-4), (ours["step"], key)
+    assert read_pins(root)["two"].versions == (1, 2)
+
+    # Back to the step before the switch, and to the one after it.
+    losses = [(line["step"], line.get("loss_reg")) for line in _losses(one)]
+    for step in (2, 3):
+        for lost in range(step + 1, 6):
+            one.fs.rm_file(one.path(CHECKPOINTS, f"checkpoint-{lost:08d}", "MANIFEST.json"))
+        again = train("one", steps=5, **follow)
+        assert [(line["step"], line.get("loss_reg")) for line in _losses(again)] == losses
 
 
 def test_two_workers_equal_one_for_dmd2_with_gan_and_stages(train, tmp_path):
