@@ -12,7 +12,8 @@ from itertools import pairwise
 from typing import Any
 
 # What never travels with a working directory: outputs, environments, history, foreign weights.
-# The teacher that ships with the package is kept.
+# The teacher that ships with the package is kept. Last, so that nothing brings them back: files in
+# which credentials are kept.
 EXCLUDES = (
     "runs/",
     ".venv/",
@@ -26,6 +27,11 @@ EXCLUDES = (
     "*.bin",
     "*.parquet",
     "!jobs/assets/**",
+    ".env*",
+    ".aws",
+    "credentials*",
+    "*.pem",
+    "*.key",
 )
 
 ACTIVE = ("PENDING", "RUNNING")

@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from types import ModuleType
+from typing import NoReturn
 
 from jobs.errors import Exit, JobError
 
@@ -24,6 +25,9 @@ VERBS = {
 
 _OWN_ARGUMENTS = ("inspect", "schedule")
 _PACKAGES = ("jobs", "pipelines", "dmd_core", "cluster")
+_STORE_CLIENTS = ("botocore", "aiohttp")
+# What s3fs makes of a store's 500. Its cause does not travel back from a worker.
+_REMOTE = (f"[Errno {errno.EREMOTEIO}]",) if hasattr(errno, "EREMOTEIO") else ()
 
 _EXAMPLES = """examples:
   dmd demo                                      distil the shipped teacher on this machine
@@ -47,9 +51,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(options, options.config or default)
     except JobError as error:
+        if options.json and error.result is not None:
+            print(json.dumps(error.result, indent=2))
         return _fail(str(error), error.code)
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to go on", Exit.TRANSIENT)
+    except _ray_errors() as error:  # before the others: Ray's are also what the worker raised
+        return _fail(*_worker_failure(error))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return _fail(f"the disk is full ({error.filename}); free space and run again")
@@ -61,14 +69,13 @@ def main(arguments: list[str] | None = None) -> int:
     except RuntimeError as error:
         if not _is_ours(error):
             raise
-        again = getattr(error, "transient", False)
+        again = getattr(error, "transient", False) or _no_answer(error)
         return _fail(str(error), Exit.TRANSIENT if again else Exit.REFUSED)
-    except _ray_errors() as error:
-        return _fail(*_worker_failure(error))
 
 
 def _run(options: argparse.Namespace, config: str) -> int:
     from jobs.session import open_session
+    from pipelines.storage import store_errors
 
     module = _module(options.verb)
     with open_session(config, options.set, quiet=options.json, arguments=options) as session:
@@ -77,6 +84,8 @@ def _run(options: argparse.Namespace, config: str) -> int:
         except _ray_errors() as error:
             print(error, file=sys.stderr)  # goes to the log: Ray's output is redirected still
             raise
+        except store_errors() as error:
+            _raise_in_words(error, session.recipe.storage.endpoint_url)
     if options.json:
         print(json.dumps(result, indent=2))
     elif options.dry_run:
@@ -129,6 +138,27 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def _raise_in_words(error: Exception, endpoint_url: str | None) -> NoReturn:
+    """Raise a remote store's error as one line with its exit code; any other as it is."""
+    store = f"the store at {endpoint_url}" if endpoint_url else "the store (S3)"
+    if _no_answer(error):
+        line = f"{store} did not answer: {_one_line(error)}; try again"
+        raise JobError(line, Exit.TRANSIENT) from error
+    if isinstance(error, OSError):
+        raise error
+    raise JobError(f"{store} cannot be used: {_one_line(error)}") from error
+
+
+def _no_answer(error: BaseException) -> bool:
+    from pipelines.storage import no_answer  # --help does without it
+
+    return no_answer(error)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _fail(message: str, code: Exit = Exit.REFUSED) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
@@ -153,7 +183,12 @@ def _worker_failure(error: BaseException) -> tuple[str, Exit]:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     last = lines[-1] if lines else type(error).__name__
     kind, _, message = last.partition(": ")
-    if kind.split(".")[0] in _PACKAGES:
+    package = kind.split(".")[0]
+    if package in _PACKAGES:
+        return message, Exit.REFUSED
+    if package in _STORE_CLIENTS or any(number in last for number in _REMOTE):
+        return f"a worker's store did not answer: {last}; try again", Exit.TRANSIENT
+    if isinstance(error, OSError):
         return message, Exit.REFUSED
     return f"a worker failed: {last} (the whole story is in the run's logs/ray.log)", Exit.BUG
 

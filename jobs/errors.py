@@ -1,6 +1,7 @@
 """What a user can do wrong, what may be tried again, and the exit codes that say so."""
 
 import enum
+from typing import Any
 
 
 class Exit(enum.IntEnum):
@@ -15,8 +16,18 @@ class Exit(enum.IntEnum):
 
 
 class JobError(RuntimeError):
-    """An error a person can act on: one paragraph, and the exit code."""
+    """An error a person can act on: one paragraph, and the exit code.
 
-    def __init__(self, message: str, code: Exit = Exit.REFUSED) -> None:
+    `result`: what was found or done nevertheless; `--json` prints it like that of a success.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        code: Exit = Exit.REFUSED,
+        *,
+        result: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(message)
         self.code = code
+        self.result = result

@@ -85,9 +85,9 @@ def _inspect(session: Session, *, write: bool) -> dict[str, Any]:
     if asked.sample:
         found["sample"] = _sample(session, root, manifest, write=write)
     if asked.checksums:
-        found["checksums"] = _checksums(session, root, manifest)
+        _checksums(session, root, manifest, found)
     if asked.verify:
-        found["verify"] = _verify(session, root, manifest)
+        _verify(session, root, manifest, found)
     return found
 
 
@@ -151,7 +151,7 @@ def _overview(session: Session, root: Store) -> dict[str, Any]:
         numbers = ", ".join(map(str, pin.versions))
         say(f"pinned: version {numbers} by {pin.holder}, since {pin.created} ({pin.name})")
     if facts.problems:
-        raise JobError(listed(f"{root.url} is damaged", facts.problems))
+        raise JobError(listed(f"{root.url} is damaged", facts.problems), result=facts.as_dict())
     if not facts.versions:
         if not facts.generations:
             raise JobError(_nothing_sealed(root))
@@ -188,7 +188,7 @@ def _sample(session: Session, root: Store, manifest: Manifest, *, write: bool) -
     return {**found, "picture": str(out)}
 
 
-def _verify(session: Session, root: Store, manifest: Manifest) -> dict[str, Any]:
+def _verify(session: Session, root: Store, manifest: Manifest, found: dict[str, Any]) -> None:
     asked = session.arguments
     teacher = _teacher(session, manifest)
     from pipelines.reintegration import verify_rows
@@ -202,6 +202,7 @@ def _verify(session: Session, root: Store, manifest: Manifest) -> dict[str, Any]
         batch_size=session.recipe.pairs.batch_size,
         tolerance=asked.tolerance,
     )
+    found["verify"] = asdict(report)
     about = (
         f"{report.rows} rows of version {report.version} (drawn with seed {report.seed}): latents "
         f"differ by {report.max_difference:.2g} at most and {report.mean_difference:.2g} on "
@@ -217,9 +218,8 @@ def _verify(session: Session, root: Store, manifest: Manifest) -> dict[str, Any]
             )
             if ids
         ]
-        raise JobError(listed(f"{root.url}: {about}", problems), Exit.REFUSED)
+        raise JobError(listed(f"{root.url}: {about}", problems), result=found)
     session.display.done(f"verify: {about}; the noise is that of the seeds, bit for bit")
-    return asdict(report)
 
 
 def _teacher(session: Session, manifest: Manifest) -> Any:
@@ -239,15 +239,17 @@ def _device(session: Session) -> str:
     return "cuda" if on_gpu else "cpu"
 
 
-def _checksums(session: Session, root: Store, manifest: Manifest) -> dict[str, Any]:
+def _checksums(session: Session, root: Store, manifest: Manifest, found: dict[str, Any]) -> None:
     from pipelines.stored_rows import check_files
 
     report = check_files(root, manifest)
+    if report.problems:
+        load_manifest(root, manifest.version)  # says so if it was collected meanwhile
+    found["checksums"] = asdict(report)
     about = f"version {report.version}: {report.files} files, {decimal(report.bytes)}"
     if report.problems:
-        raise JobError(listed(f"{root.url}, {about}: not as sealed", report.problems))
+        raise JobError(listed(f"{root.url}, {about}: not as sealed", report.problems), result=found)
     session.display.done(f"checksums: {about}, {report.rows:,} rows: all as sealed")
-    return asdict(report)
 
 
 # ---------------------------------------------------------------- two versions

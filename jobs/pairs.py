@@ -25,13 +25,13 @@ def run(session: Session) -> dict[str, Any]:
 def plan(session: Session) -> dict[str, Any]:
     """What `run` would do; measures one teacher evaluation, writes nothing."""
     section = session.recipe.pairs
-    rows, changes = order_changes(pair_order(session))
+    changes = order_changes(pair_order(session))
     seconds, pair_bytes = _measure(session, section)
-    to_make = rows if changes is None else changes.to_make
+    to_make = changes.to_make
     return {
         "prompts": section.prompts,
-        "rows": rows,
-        "changes": "no version yet" if changes is None else changes_in_words(changes),
+        "rows": changes.rows,
+        "changes": changes_in_words(changes),
         "rows_to_make": to_make,
         "batches": -(-to_make // section.batch_size),
         "blocks": -(-to_make // section.rows_per_block),
@@ -50,9 +50,8 @@ def fill(session: Session, purpose: str, *, keep: int | None = None) -> Outcome:
     def watch(rows: int) -> AbstractContextManager[Any]:
         return session.watch(purpose, rows, "pairs", _Cost(session.recipe.pairs))
 
-    def say_changes(changes: Changes | None) -> None:
-        if changes is not None:
-            session.display.say(f"{purpose}: {changes_in_words(changes)}")
+    def say_changes(changes: Changes) -> None:
+        session.display.say(f"{purpose}: {changes_in_words(changes)}")
 
     outcome = fill_order(
         pair_order(session),
@@ -65,7 +64,10 @@ def fill(session: Session, purpose: str, *, keep: int | None = None) -> Outcome:
     told = "" if outcome.made else "nothing to do, "
     session.display.done(f"{purpose}: {told}{_describe(outcome, session)}")
     check_rejects(
-        outcome.manifest.rows, outcome.manifest.rejected, session.recipe.pairs.max_rejected_share
+        outcome.manifest.rows,
+        outcome.manifest.rejected,
+        session.recipe.pairs.max_rejected_share,
+        summary(outcome, session),
     )
     return outcome
 
@@ -95,7 +97,10 @@ def changes_in_words(changes: Changes) -> str:
         parts.append(f"{names}: a new generation")
     if changes.added or changes.removed:
         parts.append(f"rows +{changes.added} −{changes.removed}")
-    return "; ".join(parts or ["nothing has changed"]) + f"; {changes.to_make} rows to make"
+    if changes.settings is None:
+        parts.append("no version yet")
+    parts.append(f"{changes.to_make} of {changes.rows} rows to make")
+    return "; ".join(parts)
 
 
 def evaluations_per_picture(section: PairsSection) -> int:
@@ -103,8 +108,11 @@ def evaluations_per_picture(section: PairsSection) -> int:
     return section.steps * (2 if section.guidance_scale > 1 else 1)
 
 
-def check_rejects(rows: int, rejected: int, allowed: float) -> None:
-    """Raise `JobError` with exit code 5 when more than the `allowed` share was rejected."""
+def check_rejects(
+    rows: int, rejected: int, allowed: float, result: dict[str, Any] | None = None
+) -> None:
+    """Raise `JobError` with exit code 5 (and `result`) when more than the `allowed` share was
+    rejected."""
     share = rejected / max(1, rows + rejected)
     if share > allowed:
         raise JobError(
@@ -112,6 +120,7 @@ def check_rejects(rows: int, rejected: int, allowed: float) -> None:
             f"({share:.1%}; pairs.max_rejected_share allows {allowed:.1%}). `dmd inspect` shows "
             "the reasons; the same command tries those rows again.",
             Exit.REJECTS,
+            result=result,
         )
 
 
@@ -185,7 +194,8 @@ def _describe(outcome: Outcome, session: Session) -> str:
     text = ", ".join(parts) + f" in {session.pairs_root.url} (version {manifest.version})"
     if outcome.cost:
         spent = cost_in_words(outcome.cost["busy_s"], gpus)
-        text += f"; {outcome.cost['rows']} made now for {spent}"
+        made = outcome.cost["rows"] - outcome.cost["rejected"]
+        text += f"; {made} made now for {spent}"
     if outcome.collected is not None and outcome.collected.files:
         versions = len(outcome.collected.versions)
         text += f"; collected {versions} old versions, {outcome.collected.files} files"

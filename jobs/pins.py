@@ -6,6 +6,7 @@ Kept in `pins.json` of the run's folder, so that the same command reads the same
 import errno
 import hashlib
 import json
+import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from pipelines.prompts import PromptSource, read_prompts
 from pipelines.streams import open_pictures, pictures_digest
 
 PINNED = "pins.json"
+PIN_NAME = "pin_name.json"
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -57,7 +59,7 @@ def pin_in_dataset(session: Session, versions: Iterable[int]) -> PinHolder | Non
     """
     url, root = session.store.url, session.pairs_root
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    pin = PinHolder(pin_name(url), f"dmd train {url}", created)
+    pin = PinHolder(_pin_name(session), f"dmd train {url}", created)
     try:
         pin.pin(root, versions)
     except OSError as error:
@@ -69,6 +71,16 @@ def pin_in_dataset(session: Session, versions: Iterable[int]) -> PinHolder | Non
         )
         return None
     return pin
+
+
+def _pin_name(session: Session) -> str:
+    """The run's name in the data set's pins. Two machines may have the same path: a random part,
+    kept with the run, tells them apart."""
+    kept = session.read_json(PIN_NAME)
+    if kept is None:
+        kept = {"name": f"{pin_name(session.store.url)}-{uuid.uuid4().hex[:8]}"}
+        session.write_json(PIN_NAME, kept)
+    return str(kept["name"])
 
 
 def pinned_manifest(session: Session) -> Manifest | None:

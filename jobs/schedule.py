@@ -263,12 +263,13 @@ def _hints(entry: Entry) -> Iterator[str]:
     if entry.working_dir is None and recipe.endswith((".yaml", ".yml")):
         yield f"{recipe} must be found there on the cluster; --working-dir . sends this folder"
     with contextlib.suppress(JobError):  # a recipe that exists only there
-        folder = load_recipe(recipe, options.set).run.dir
-        if not folder.startswith("/") and "://" not in folder:
-            yield (
-                f"run.dir is {folder!r}, a folder of one job on one machine; give s3://… or a "
-                "path that all machines share (--set run.dir=…)"
-            )
+        settings = load_recipe(recipe, options.set)
+        for key, folder in (("run.dir", settings.run.dir), ("pairs.root", settings.pairs.root)):
+            if folder and not folder.startswith("/") and "://" not in folder:
+                yield (
+                    f"{key} is {folder!r}, a folder of one job on one machine; give s3://… or a "
+                    f"path that all machines share (--set {key}=…)"
+                )
 
 
 if __name__ == "__main__":

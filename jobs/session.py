@@ -38,6 +38,14 @@ _MAY_CHANGE = {
     "train.num_validation_images",
     "train.report_to",
     "train.follow_pairs",
+    # What a training reads of the pairs is guarded by their manifest and the run's pins, so a list
+    # that grows, or other files and batches of the same rows, lock no run out.
+    "pairs.prompts",
+    "pairs.prompt_column",
+    "pairs.samples_per_prompt",
+    "pairs.batch_size",
+    "pairs.rows_per_block",
+    "pairs.row_group_rows",
     "pairs.max_rejected_share",
     "pairs.attempts",
     "pairs.lease_seconds",
@@ -129,7 +137,7 @@ class Session:
 
     @cached_property
     def teacher_dir(self) -> str:
-        """The teacher as a local folder, checked."""
+        """The teacher as a local folder, checked; a copy of a remote one lasts as the session."""
         from dmd_core.teacher import TeacherError, check_teacher
 
         store = open_store(self.teacher_url, self.recipe.storage)
@@ -138,7 +146,10 @@ class Session:
                 f"teacher {self.recipe.teacher.path} does not exist; expected a diffusers "
                 "pipeline folder, an s3:// URL of one, or shipped:emoji"
             )
-        folder = local_copy(store)
+        target = None
+        if not is_local(store.fs):
+            target = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="dmd-teacher-"))
+        folder = local_copy(store, target)
         check_teacher(folder)
         return folder
 

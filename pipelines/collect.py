@@ -15,6 +15,7 @@ from dmd_core.files import write_atomic
 from pipelines.commits import delete_if_there, list_files, read_json
 from pipelines.dataset_pins import intent_path, read_pins
 from pipelines.lease import Lease
+from pipelines.ledger import data_base, ledger_base
 from pipelines.manifest import (
     Manifest,
     generation_folder,
@@ -55,8 +56,9 @@ def collect_garbage(root: Store, lease: Lease, *, keep: int) -> Collected:
     """
     lease.check()
     old = list_versions(root)[:-keep]
-    write_atomic(root.fs, intent_path(root), json.dumps({"versions": old}).encode())
+    _write_intent(root, old)
     dropped = _unpinned(root, old)
+    _write_intent(root, dropped)  # whoever wants another one need not wait
     for version in dropped:
         _drop(root, lease, version)
     kept = list(load_versions(root))
@@ -70,6 +72,10 @@ def collect_garbage(root: Store, lease: Lease, *, keep: int) -> Collected:
     lease.check()
     delete_if_there(root, intent_path(root))
     return Collected(tuple(dropped), files)
+
+
+def _write_intent(root: Store, versions: Sequence[int]) -> None:
+    write_atomic(root.fs, intent_path(root), json.dumps({"versions": list(versions)}).encode())
 
 
 def _unpinned(root: Store, versions: Sequence[int]) -> list[int]:
@@ -139,17 +145,6 @@ def _collect_prompts(root: Store, lease: Lease, digests: set[str]) -> int:
         if (match := _TABLE.fullmatch(name)) and match[1] not in digests
     ]
     return _delete(root, lease, records) + _delete(root, lease, tables)
-
-
-def data_base(name: str) -> str:
-    """Ray names the data files of one write `<base>-0.parquet`, `<base>-1.parquet`, …"""
-    return name.rsplit("-", 1)[0]
-
-
-def ledger_base(name: str) -> str:
-    """… and the ledger entry of that write `<base>.parquet`, before it is whole
-    `<base>.pending.parquet`."""
-    return name.removesuffix(".parquet").removesuffix(".pending")
 
 
 def _paths(root: Store, folder: str, part: str, names: Iterable[str]) -> list[str]:

@@ -83,15 +83,11 @@ def delete_if_there(store: Store, path: str) -> None:
 def check_create_only(root: Store) -> None:
     """Refuse a store that lets a second writer overwrite: there, versions would be lost."""
     probe = root.path("manifests", f".probe-{uuid.uuid4().hex}")
-    first, second = uuid.uuid4().hex.encode(), uuid.uuid4().hex.encode()
-    problem = _create(root.fs, probe, first)
-    refusal = _create(root.fs, probe, second)
-    try:
-        found = root.fs.cat_file(probe)
-    except FileNotFoundError:
-        raise StoreError(f"cannot write to {root.url}: {problem}") from problem
-    root.fs.rm_file(probe)
-    if refusal is None or found != first:
+    first, second = {"commit_id": new_commit_id()}, {"commit_id": new_commit_id()}
+    create_once(root, probe, first)
+    overwritten = create_once(root, probe, second) or read_json(root, probe) != first
+    delete_if_there(root, probe)
+    if overwritten:
         raise StoreError(
             f"{root.url} overwrites an object that was to be created only once (If-None-Match is "
             "ignored). Versions could be lost there; expected a store with conditional writes."

@@ -4,9 +4,18 @@ The recipe (YAML) is read by `jobs.config`; each section here is what one stage 
 Unknown keys, wrong types and impossible values are errors that name the key.
 """
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -33,12 +42,39 @@ class RunSection(Section):
     seed: NotNegative = 0
 
 
+NO_CREDENTIALS = (
+    "a store URL must not hold credentials; put them into the environment "
+    "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role)"
+)
+_UP_TO_HOST = re.compile(r"^(\w*://)?.*@", re.DOTALL)
+
+
 class StorageSection(Section):
     """Options for s3:// URLs. Credentials come from the environment, never from here."""
 
     endpoint_url: str | None = None
     region: str | None = None
     profile: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _credentials_unsaid(cls, given: Any) -> Any:
+        """An error shows the value it refuses: make it one that may be shown."""
+        if not isinstance(given, dict) or not isinstance(given.get("endpoint_url"), str):
+            return given
+        return given | {"endpoint_url": _UP_TO_HOST.sub(r"\1…@", given["endpoint_url"])}
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _plain_endpoint(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if "@" in url:
+            raise ValueError(NO_CREDENTIALS)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ValueError("expected http://host:port or https://host")
+        return url
 
 
 class RaySection(Section):

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from dmd_core.files import write_atomic
 from pipelines.commits import StoreError, delete_if_there, list_files, read_json
@@ -35,20 +36,33 @@ def pin_versions(
 ) -> None:
     """Pin `versions` for the run `name` (in place of what it had pinned before).
 
-    Raises `NoSuchVersionError` for a version that is gone, or going: the pin comes first, the look
-    whether a collector means to drop it after that. A collector does it the other way round.
+    Raises `NoSuchVersionError` for a version that is gone, or going, and leaves the pin as it was:
+    the pin comes first, the look whether a collector means to drop it after that. A collector does
+    it the other way round, so what was pinned before stays whatever it means to do.
     """
-    content = {"versions": sorted(versions), "holder": holder, "created": created}
-    path = root.path("pins", f"{name}.json")
-    write_atomic(root.fs, path, json.dumps(content, indent=1).encode())
+    path, versions = root.path("pins", f"{name}.json"), sorted(versions)
+    before = read_json(root, path)
+    _write(root, path, {"versions": versions, "holder": holder, "created": created})
+    held = before["versions"] if before else []
     going = (read_json(root, intent_path(root)) or {}).get("versions", [])
-    for version in content["versions"]:
-        if version in going:
-            raise NoSuchVersionError(
-                f"{root.url} version {version} is being collected; a newer one is there. If no "
-                "`dmd regenerate` is running, run it once more: it ends what was cut off"
-            )
-        load_manifest(root, version)
+    try:
+        for version in versions:
+            if version in going and version not in held:
+                raise NoSuchVersionError(
+                    f"{root.url} version {version} is being collected; a newer one is there. If "
+                    "no `dmd regenerate` is running, run it once more: it ends what was cut off"
+                )
+            load_manifest(root, version)
+    except NoSuchVersionError:
+        if before:
+            _write(root, path, before)
+        else:
+            unpin(root, name)
+        raise
+
+
+def _write(root: Store, path: str, content: dict[str, Any]) -> None:
+    write_atomic(root.fs, path, json.dumps(content, indent=1).encode())
 
 
 def intent_path(root: Store) -> str:

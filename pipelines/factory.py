@@ -17,6 +17,7 @@ from pipelines.collect import Collected, collect_garbage, needs_collecting
 from pipelines.config import PairsSection, StorageSection
 from pipelines.inspection import landed_ids_of
 from pipelines.lease import Lease, hold_lease
+from pipelines.ledger import finished_ids, forget_lost_files, settle_ledger
 from pipelines.manifest import Manifest, find_sealed, latest_manifest, void_next_number
 from pipelines.pairs import Fingerprint, library_versions
 from pipelines.prompts import (
@@ -28,10 +29,13 @@ from pipelines.prompts import (
     prepare_prompts,
 )
 from pipelines.run_record import RunRecord
-from pipelines.seal import landed_ids
+from pipelines.seal import data_keys, landed_ids, seal_generation
 from pipelines.storage import Store, open_store
 from pipelines.stored_rows import version_ids
 from pipelines.version_diff import changed_fields
+
+# With nothing to make, so many files are sealed in this process; more of them on the cluster.
+_SEALED_HERE = 512
 
 # rows of the version → a context that starts Ray and yields a ProgressBoard handle
 Watch = Callable[[int], AbstractContextManager[Any]]
@@ -51,17 +55,15 @@ class PairOrder:
 
 @dataclass(frozen=True)
 class Changes:
-    """What is asked for now against the newest version. `settings`: name → (then, now)."""
+    """What is asked for now. `settings` (name → then and now) and `added` and `removed` rows are
+    against the newest version, or None and 0 if there is none; `to_make` of the `rows` are not
+    stored yet."""
 
-    settings: dict[str, tuple[Any, Any]]
+    settings: dict[str, tuple[Any, Any]] | None
     added: int
     removed: int
     rows: int
-
-    @property
-    def to_make(self) -> int:
-        """Rows that the newest version does not have; more may be stored already."""
-        return self.rows if self.settings else self.added
+    to_make: int
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,13 @@ def fill_order(
     *,
     purpose: str,
     keep: int | None = None,
-    on_changes: Callable[[Changes | None], None] = lambda changes: None,
+    on_changes: Callable[[Changes], None] = lambda changes: None,
     on_lost: Callable[[], None] | None = None,
 ) -> Outcome:
     """Make what is missing and seal it; with `keep`, collect what no kept version needs.
 
     Nothing is started and no lease is taken when there is nothing to do. `on_changes` is told what
-    is new (None: there was no version yet). Raises `LeaseHeldError` while another writer is at it.
+    is new before work starts. Raises `LeaseHeldError` while another writer is at it.
     """
     section, root, fingerprint = order.section, order.root, order.fingerprint
     with tempfile.TemporaryDirectory(prefix="dmd-prompts-") as folder:
@@ -108,8 +110,16 @@ def fill_order(
                 manifest = find_sealed(root, fingerprint.digest, landing.digest)
                 if manifest is None:
                     prompts = landing.publish()
-                    on_changes(find_changes(order, landed_ids(root, prompts)))
-                    manifest = _make(order, prompts, lease, record, watch)
+                    asked = landed_ids(root, prompts)
+                    settle_ledger(root, fingerprint.folder)
+                    forget_lost_files(root, fingerprint.folder)
+                    changes = find_changes(order, asked)
+                    on_changes(changes)
+                    if changes.to_make or len(data_keys(root, fingerprint)) > _SEALED_HERE:
+                        manifest = _make(order, prompts, changes.to_make, lease, record, watch)
+                    else:
+                        record.phase = "sealing"
+                        manifest = seal_generation(root, fingerprint, prompts, lease=lease)
                 collected = None
                 if keep is not None:
                     record.phase = "collecting"
@@ -126,7 +136,7 @@ class _Landing:
 
     def __init__(self, order: PairOrder, folder: str) -> None:
         self._order, self._folder = order, folder
-        self._landed = find_landed(*self._source, order.root, **self._numbers)
+        self._landed = self._find()
         self._prepared = None if self._landed else self._prepare()
 
     @property
@@ -137,59 +147,68 @@ class _Landing:
 
     def publish(self) -> LandedPrompts:
         if self._prepared is None:  # landed when we looked; since then it may have been collected
-            landed = find_landed(*self._source, self._order.root, **self._numbers)
+            landed = self._find(whole=True)
             if landed is not None:
                 return landed
         return (self._prepared or self._prepare()).publish(self._order.root)
 
+    def _find(self, *, whole: bool = False) -> LandedPrompts | None:
+        order, section = self._order, self._order.section
+        return find_landed(
+            order.source,
+            order.storage,
+            order.root,
+            seed=section.seed,
+            samples_per_prompt=section.samples_per_prompt,
+            whole=whole,
+        )
+
     def _prepare(self) -> PreparedPrompts:
-        return prepare_prompts(*self._source, self._folder, **self._numbers)
-
-    @property
-    def _source(self) -> tuple[PromptSource, StorageSection]:
-        return self._order.source, self._order.storage
-
-    @property
-    def _numbers(self) -> dict[str, int]:
-        return _numbers(self._order.section)
+        order = self._order
+        return prepare_prompts(order.source, order.storage, self._folder, **_numbers(order.section))
 
 
 def _numbers(section: PairsSection) -> dict[str, int]:
     return {"seed": section.seed, "samples_per_prompt": section.samples_per_prompt}
 
 
-def order_changes(order: PairOrder) -> tuple[int, Changes | None]:
-    """(rows of the order, what it changes); nothing is written into the data set."""
+def order_changes(order: PairOrder) -> Changes:
+    """What the order changes; nothing is written into the data set."""
     with tempfile.TemporaryDirectory(prefix="dmd-prompts-") as folder:
         local, numbers = open_store(folder), _numbers(order.section)
         prompts = land_prompts(order.source, order.storage, local, **numbers)
-        return prompts.rows, find_changes(order, landed_ids(local, prompts))
+        return find_changes(order, landed_ids(local, prompts))
 
 
-def find_changes(order: PairOrder, asked: np.ndarray) -> Changes | None:
-    """What `asked` (ids) and the order's fingerprint change; None: there is no version yet."""
+def find_changes(order: PairOrder, asked: np.ndarray) -> Changes:
+    """What `asked` (ids) and the order's fingerprint change."""
+    stored = finished_ids(order.root, order.fingerprint.folder)
+    to_make = len(np.setdiff1d(asked, stored))
     newest = latest_manifest(order.root)
     if newest is None:
-        return None
+        return Changes(None, 0, 0, len(asked), to_make)
     settings = changed_fields(newest.fingerprint, order.fingerprint.as_dict())
     then = landed_ids_of(order.root, newest)
     if then is None:  # the table was removed by hand
         then = version_ids(order.root, newest)
     added, removed = np.setdiff1d(asked, then), np.setdiff1d(then, asked)
-    # Rows that were rejected then are to be made as well.
-    retried = np.intersect1d(asked, np.array(newest.rejected_ids, dtype=np.int64))
-    return Changes(settings, len(added) + len(retried), len(removed), len(asked))
+    return Changes(settings, len(added), len(removed), len(asked), to_make)
 
 
 def _make(
-    order: PairOrder, prompts: LandedPrompts, lease: Lease, record: RunRecord, watch: Watch
+    order: PairOrder,
+    prompts: LandedPrompts,
+    missing: int,
+    lease: Lease,
+    record: RunRecord,
+    watch: Watch,
 ) -> Manifest:
     with watch(prompts.rows) as board:
         # Imports Ray: not for "nothing to do".
-        from pipelines.generate import generate_pairs, stored_rows
+        from pipelines.generate import generate_pairs
         from pipelines.teacher_actor import TeacherTask
 
-        stored = min(prompts.rows, stored_rows(order.root, order.fingerprint))
+        stored = prompts.rows - missing
         board.set.remote(done=stored, stored=stored)
         record.begin(lease.fence, prompts.rows, stored, board)
 
@@ -208,5 +227,5 @@ def _make(
             fence=lease.fence,
         )
         manifest = generate_pairs(task, prompts, lease, on_phase=on_phase)
-        record.progress()
+        record.finish()
     return manifest

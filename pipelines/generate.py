@@ -8,21 +8,24 @@ data set holds is decided when it is sealed.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+import numpy as np
 import ray
 import ray.data
-from pyarrow import dataset
 from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.datasource import FilenameProvider
 
-from pipelines.collect import data_base, ledger_base
-from pipelines.commits import delete_if_there
 from pipelines.lease import Lease
+from pipelines.ledger import finished_ids, forget_lost_files
 from pipelines.manifest import Manifest
-from pipelines.pairs import Fingerprint
 from pipelines.prompts import LandedFile, LandedPrompts
-from pipelines.seal import FileFacts, MissingRowsError, SealError, list_names, seal_generation
-from pipelines.storage import Store
+from pipelines.seal import (
+    FileFacts,
+    MissingRowsError,
+    SealError,
+    seal_generation,
+    table_ids,
+)
 from pipelines.teacher_actor import TeacherActor, TeacherTask
 
 # Ray asks for 1 GiB of logical memory per id filter by default, which a small machine may not
@@ -30,7 +33,6 @@ from pipelines.teacher_actor import TeacherActor, TeacherTask
 _FILTER_MEMORY_BYTES = 192 << 20
 _FILES_PER_TASK = 32
 _PASSES = 3
-_PENDING = ".pending.parquet"
 # Beside what Ray retries by itself: how S3-like stores say "slow down" through s3fs.
 _RETRIED = (
     "SlowDown",
@@ -57,59 +59,22 @@ def generate_pairs(
     (left over by a writer that was thought dead) is found when sealing, and its rows are made.
     """
     root, fingerprint = task.root, task.fingerprint
-    settle_ledger(root, fingerprint)
     for last in (False,) * (_PASSES - 1) + (True,):
         on_phase("generating")
-        forget_lost_files(root, fingerprint)
+        stored = finished_ids(root, fingerprint.folder)
         for file in prompts.files:
             lease.check()
-            _write_missing_rows(task, file, lease)
+            if len(np.setdiff1d(table_ids(root, file.path), stored)):  # else no teacher is needed
+                _write_missing_rows(task, file, lease)
         on_phase("sealing")
         try:
             return seal_generation(
                 root, fingerprint, prompts, lease=lease, map_files=_map_on_cluster
             )
         except MissingRowsError:
-            if last or not forget_lost_files(root, fingerprint):
+            if last or not forget_lost_files(root, fingerprint.folder):
                 raise
     raise AssertionError("the last pass returns or raises")
-
-
-def stored_rows(root: Store, fingerprint: Fingerprint) -> int:
-    """How many rows of the generation the ledger says are written; the footers are read."""
-    names = [n for n in list_names(root, fingerprint, "ledger") if not n.endswith(_PENDING)]
-    if not names:
-        return 0
-    paths = [root.path(fingerprint.folder, "ledger", name) for name in names]
-    return dataset.dataset(paths, filesystem=root.arrow, format="parquet").count_rows()
-
-
-def settle_ledger(root: Store, fingerprint: Fingerprint) -> None:
-    """Finish renamings that were cut in half: on an object store a move is a copy and a deletion.
-
-    Ray deletes the data of every pending entry when it starts. An entry that is committed as well
-    vouches for data that a version may name.
-    """
-    names = set(list_names(root, fingerprint, "ledger"))
-    for name in names:
-        if name.endswith(_PENDING) and f"{ledger_base(name)}.parquet" in names:
-            delete_if_there(root, root.path(fingerprint.folder, "ledger", name))
-
-
-def forget_lost_files(root: Store, fingerprint: Fingerprint) -> list[str]:
-    """Remove ledger entries whose data file is gone, so that their rows are made again.
-
-    Returns the names of the removed entries.
-    """
-    present = {data_base(name) for name in list_names(root, fingerprint, "data")}
-    lost = [
-        name
-        for name in list_names(root, fingerprint, "ledger")
-        if not name.endswith(_PENDING) and ledger_base(name) not in present
-    ]
-    for name in lost:
-        delete_if_there(root, root.path(fingerprint.folder, "ledger", name))
-    return lost
 
 
 class _FencedNames(FilenameProvider):

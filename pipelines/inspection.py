@@ -21,6 +21,7 @@ from pipelines.lease import lease_status
 from pipelines.manifest import (
     Manifest,
     ManifestError,
+    NoSuchVersionError,
     generation_folder,
     list_versions,
     load_manifest,
@@ -28,7 +29,7 @@ from pipelines.manifest import (
     manifest_path,
 )
 from pipelines.rejects import RejectFileError, read_rejects
-from pipelines.storage import Store
+from pipelines.storage import Store, no_answer
 
 _GENERATION = re.compile(r"[0-9a-f]{16}")
 _READERS = 16  # footers and small files: the store's response time counts
@@ -115,8 +116,12 @@ def inspect_dataset(root: Store, *, version: int | None = None) -> Overview:
         manifests, void = [load_manifest(root, version)], {}
         folders = [generation_folder(manifests[0].fingerprint_digest)]
     rejects = {folder: _rejects(root, folder, problems) for folder in folders}
-    for manifest in manifests:
-        problems += file_problems(root, manifest, listings)
+    for manifest in tuple(manifests):
+        found = file_problems(root, manifest, listings)
+        if found and not _stands(root, manifest, asked=version is not None):
+            manifests.remove(manifest)  # collected while this looked
+        else:
+            problems += found
     return Overview(
         url=root.url,
         versions=tuple(_version(root, m, pins, rejects, listings, problems) for m in manifests),
@@ -171,6 +176,20 @@ def _load(root: Store, number: int, problems: list[str]) -> Manifest | None:
         if root.fs.exists(manifest_path(root, number)):  # else: collected since it was listed
             problems.append(str(error))
         return None
+
+
+def _stands(root: Store, manifest: Manifest, *, asked: bool) -> bool:
+    """Whether a version is still one: collecting takes its manifest before its files.
+
+    Raises `NoSuchVersionError` for one that was `asked` for.
+    """
+    try:
+        load_manifest(root, manifest.version)
+    except NoSuchVersionError:
+        if asked:
+            raise
+        return False
+    return True
 
 
 def file_problems(root: Store, manifest: Manifest, listings: _Listings | None = None) -> list[str]:
@@ -300,6 +319,8 @@ def _footer_rows(root: Store, folder: str, names: list[str], problems: list[str]
         except FileNotFoundError:
             return 0  # collected since it was listed
         except (pa.ArrowException, OSError) as error:
+            if no_answer(error):
+                raise  # not damage
             problems.append(f"{path}: cannot be read: {error}")
             return 0
 

@@ -10,6 +10,8 @@ over a lease that was not released also claims the next number in the log of ver
 commit the old holder had prepared meets it and fails.
 """
 
+import contextlib
+import json
 import os
 import re
 import socket
@@ -75,18 +77,28 @@ class Lease:
     def lost(self) -> bool:
         return bool(self._lost)
 
-    def beat(self, count: int, progress: dict[str, Any]) -> None:
+    def beat(self, count: int, progress: Callable[[], dict[str, Any]]) -> None:
         """Renew; notes that the lease is lost when it is."""
         try:
             self.check()
-            content = {"count": count, **progress}
+            content = {"count": count, **self._told(progress)}
             _write_json(self._root, _path(self._root, self.fence, "beat"), content)
             self._beaten = time.monotonic()
         except LeaseLostError:
             return
         except transport_errors(self._root.fs) as error:
             if time.monotonic() - self._beaten > self._period_s:
-                self._lost = f"it could not be renewed for {self._period_s:g} s: {error}"
+                self.give_up(f"it could not be renewed for {self._period_s:g} s: {error}")
+
+    def give_up(self, reason: str) -> None:
+        """From here on `check` refuses."""
+        self._lost = self._lost or reason
+
+    def _told(self, progress: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The progress, if it can be told: to renew is more important."""
+        with contextlib.suppress(*transport_errors(self._root.fs)):
+            return progress()
+        return {}
 
 
 @contextmanager
@@ -109,7 +121,7 @@ def hold_lease(
     lease = Lease(root, fence, period_s)
     if taken_over and void_next is not None:
         void_next(root, fence, f"lease {fence - 1} was taken over")
-    lease.beat(0, progress())
+    lease.beat(0, progress)
     stop = threading.Event()
     arguments = (lease, stop, period_s / _BEATS_PER_PERIOD, progress, on_lost)
     thread = threading.Thread(target=_beat_on, args=arguments, daemon=True)
@@ -119,9 +131,11 @@ def hold_lease(
     finally:
         stop.set()
         thread.join()
-        if not lease.lost:
-            _write_json(root, _path(root, fence, "released"), {"fence": fence})
-            _prune(root, fence)
+        # Not released, the lease ends by itself: no reason to call what was done a failure.
+        with contextlib.suppress(*transport_errors(root.fs)):
+            if not lease.lost:
+                _write_json(root, _path(root, fence, "released"), {"fence": fence})
+                _prune(root, fence)
 
 
 def newest_fence(root: Store) -> int:
@@ -224,13 +238,15 @@ def _beat_on(
     on_lost: Callable[[], None] | None,
 ) -> None:
     count = 0
-    while not stop.wait(seconds):
-        count += 1
-        lease.beat(count, progress())
-        if lease.lost:
+    try:
+        while not stop.wait(seconds) and not lease.lost:
+            count += 1
+            lease.beat(count, progress)
+    finally:  # whatever ended the beats, nobody may go on without them
+        if not stop.is_set():
+            lease.give_up("its beats have ended")
             if on_lost is not None:
                 on_lost()
-            return
 
 
 def _prune(root: Store, fence: int) -> None:
@@ -245,8 +261,6 @@ def _path(root: Store, fence: int, kind: str) -> str:
 
 
 def _write_json(root: Store, path: str, content: dict[str, Any]) -> None:
-    import json
-
     write_atomic(root.fs, path, json.dumps(content).encode())
 
 

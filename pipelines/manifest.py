@@ -246,15 +246,18 @@ def latest_of(root: Store, fingerprint_digest: str) -> Manifest | None:
 
 
 def find_sealed(root: Store, fingerprint_digest: str, prompts_digest: str) -> Manifest | None:
-    """The newest version that holds exactly these prompts, made exactly so, with none rejected."""
-    for manifest in load_versions(root):
-        if (
-            manifest.fingerprint_digest == fingerprint_digest
-            and manifest.prompts_digest == prompts_digest
-            and not manifest.rejected_ids
-        ):
-            return manifest
-    return None
+    """The newest version, if it holds exactly these prompts, made exactly so, with none rejected.
+
+    An older one that does is not enough: readers take the newest.
+    """
+    newest = latest_manifest(root)
+    if newest is None or newest.rejected_ids:
+        return None
+    same = (newest.fingerprint_digest, newest.prompts_digest) == (
+        fingerprint_digest,
+        prompts_digest,
+    )
+    return newest if same else None
 
 
 # ---------------------------------------------------------------- committing

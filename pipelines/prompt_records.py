@@ -5,19 +5,20 @@ prompts/<digest>-<H>x<W>.parquet   rows of that size, for each other size
 prompts/sources/<key>.json         source files and settings → the tables, written after them
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import uuid
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from dmd_core.files import is_local, write_atomic
 from pipelines.prompt_files import PromptError
-from pipelines.storage import Store
+from pipelines.storage import Store, open_store
 
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2
 _PART_BYTES = 16 << 20  # of a multipart upload; ten parts are in memory at once
 
 
@@ -67,7 +68,7 @@ class PreparedPrompts:
     def publish(self, root: Store) -> LandedPrompts:
         """Put the tables under `root`/prompts, each whole or not at all, then the record.
 
-        A table that is there already, with the same number of bytes, is left alone.
+        A table that is there already, byte for byte, is left alone.
         """
         tables = [
             {
@@ -75,6 +76,7 @@ class PreparedPrompts:
                 "height": table.height,
                 "width": table.width,
                 "bytes": os.path.getsize(table.path),
+                "sha256": _sha256(open_store(table.path)),
             }
             for table in self.tables
         ]
@@ -85,17 +87,18 @@ class PreparedPrompts:
             "duplicates": self.duplicates,
             "tables": tables,
         }
-        landed, sizes = _parse(record, root)
-        for table, file, size in zip(self.tables, landed.files, sizes, strict=True):
-            if _size_at(root, file.path) != size:
+        landed, marks = _parse(record, root)
+        for table, file, mark in zip(self.tables, landed.files, marks, strict=True):
+            if not mark.fits(root, file.path, whole=True):
                 _put(table.path, root, file.path)
         # Last: whoever finds the record finds the tables.
         write_atomic(root.fs, _record_path(root, self.key), json.dumps(record, indent=1).encode())
         return landed
 
 
-def find_record(root: Store, key: str) -> LandedPrompts | None:
-    """What was published as `key`; None: nothing, or one of its tables is gone.
+def find_record(root: Store, key: str, *, whole: bool = False) -> LandedPrompts | None:
+    """What was published as `key`; None: nothing, or one of its tables is gone or has another
+    size; with `whole` also when its bytes are others.
 
     Raises `PromptError` for a damaged record.
     """
@@ -105,53 +108,66 @@ def find_record(root: Store, key: str) -> LandedPrompts | None:
     except FileNotFoundError:
         return None
     try:
-        landed, sizes = _parse(json.loads(raw), root)
+        landed, marks = _parse(json.loads(raw), root)
     except (ValueError, KeyError, TypeError) as error:
         raise PromptError(
             f"{path}: not a record of landed prompts ({error!r}); remove it and run the same "
             "command again"
         ) from error
-    found = all(_size_at(root, f.path) == s for f, s in zip(landed.files, sizes, strict=True))
-    return landed if found else None
+    found = zip(landed.files, marks, strict=True)
+    return landed if all(mark.fits(root, file.path, whole=whole) for file, mark in found) else None
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """What a table's bytes must be."""
+
+    size: int
+    sha256: str
+
+    def fits(self, root: Store, path: str, *, whole: bool) -> bool:
+        try:
+            same = int(root.fs.info(path)["size"]) == self.size
+        except FileNotFoundError:
+            return False
+        return same and (not whole or _sha256(Store(root.fs, path)) == self.sha256)
+
+
+def _sha256(file: Store) -> str:
+    with file.fs.open(file.root, "rb") as stream:
+        return hashlib.file_digest(cast(Any, stream), "sha256").hexdigest()
 
 
 def _record_path(root: Store, key: str) -> str:
     return root.path("prompts", "sources", f"{key}.json")
 
 
-def _parse(record: Any, root: Store) -> tuple[LandedPrompts, list[int]]:
-    """A record's tables under `root`, and the bytes of each; an error for what is no record.
+def _parse(record: Any, root: Store) -> tuple[LandedPrompts, list[_Mark]]:
+    """A record's tables under `root`, and the marks of each; an error for what is no record.
 
     A table's path follows from digest and size: no record can point elsewhere.
     """
     digest = record["digest"]
     if record["format"] != RECORD_FORMAT or not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError(f"format {record['format']!r}, digest {digest!r}")
-    files, sizes = [], []
+    files, marks = [], []
     for table in record["tables"]:
         height, width = table["height"], table["width"]
         plain = height is None and width is None
         size = "" if plain else f"-{_count(height)}x{_count(width)}"
         path = root.path("prompts", f"{digest}{size}.parquet")
         files.append(LandedFile(path, _count(table["rows"]), height, width))
-        sizes.append(_count(table["bytes"]))
+        marks.append(_Mark(_count(table["bytes"]), str(table["sha256"])))
     rows = sum(file.rows for file in files)
     if not files or rows != record["rows"]:
         raise ValueError(f"{record['rows']!r} rows, {rows} in its tables")
-    return LandedPrompts(tuple(files), rows, digest, _count(record["duplicates"], least=0)), sizes
+    return LandedPrompts(tuple(files), rows, digest, _count(record["duplicates"], least=0)), marks
 
 
 def _count(value: Any, least: int = 1) -> int:
     if type(value) is not int or value < least:
         raise ValueError(f"{value!r} in place of a number from {least}")
     return value
-
-
-def _size_at(root: Store, path: str) -> int | None:
-    try:
-        return int(root.fs.info(path)["size"])
-    except FileNotFoundError:
-        return None
 
 
 def _put(local: str, root: Store, path: str) -> None:

@@ -89,14 +89,16 @@ def find_landed(
     *,
     seed: int,
     samples_per_prompt: int,
+    whole: bool = False,
 ) -> LandedPrompts | None:
-    """What was landed from these very bytes with these settings; None: not yet, or a table is gone.
+    """What was landed from these very bytes with these settings; None: not yet, or a table is gone
+    (with `whole`: or damaged).
 
     Reads the bytes of the source files, but not their rows.
     """
     source = _as_source(source)
     key = _source_key(list_files(source, options), source.column, seed, samples_per_prompt)
-    return find_record(root, key)
+    return find_record(root, key, whole=whole)
 
 
 def read_prompts(source: PromptSource | str, options: StorageSection | None = None) -> PromptList:

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from dmd_core.files import write_atomic
+from pipelines.commits import transport_errors
 from pipelines.storage import Store
 
 
@@ -22,6 +23,7 @@ class RunRecord:
         self._root, self._generation, self._gpus = root, generation, gpus_per_actor
         self._fence, self._stored = 0, 0
         self._board: Any = None
+        self._last: tuple[int, dict[str, Any]] = (0, {})
         self._total = 0
         self._clock = time.monotonic()
         self._started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -30,6 +32,12 @@ class RunRecord:
         """From here on the run's own numbers are read from `board`, where `stored` rows count as
         done already."""
         self._fence, self._total, self._stored, self._board = fence, total, stored, board
+        self._last = (stored, {})
+
+    def finish(self) -> None:
+        """The last state; that a store fails just now must not undo what was sealed."""
+        with contextlib.suppress(*transport_errors(self._root.fs)):
+            self.progress()
 
     def progress(self) -> dict[str, Any]:
         """For whoever asks who holds the lease; writes the record as well."""
@@ -56,4 +64,4 @@ class RunRecord:
         if ray.is_initialized():
             with contextlib.suppress(RayError):  # a lost board must not end the work
                 self._last = ray.get(self._board.read.remote(), timeout=5)
-        return getattr(self, "_last", (self._stored, {}))
+        return self._last

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.collect import data_base
 from pipelines.commits import list_files
 from pipelines.lease import Lease
+from pipelines.ledger import data_base
 from pipelines.manifest import (
     SCHEMA_VERSION,
     ExcludedRow,
@@ -157,11 +157,12 @@ def list_names(root: Store, fingerprint: Fingerprint, part: str) -> list[str]:
 
 def landed_ids(root: Store, prompts: LandedPrompts) -> np.ndarray:
     """The ids that are asked for, ascending, int64."""
-    parts = [
-        pq.read_table(file.path, columns=["pair_id"], filesystem=root.arrow)["pair_id"].to_numpy()
-        for file in prompts.files
-    ]
-    return np.sort(np.concatenate(parts))
+    return np.sort(np.concatenate([table_ids(root, file.path) for file in prompts.files]))
+
+
+def table_ids(root: Store, path: str) -> np.ndarray:
+    """The ids of one landed table, int64."""
+    return pq.read_table(path, columns=["pair_id"], filesystem=root.arrow)["pair_id"].to_numpy()
 
 
 @dataclass(frozen=True)

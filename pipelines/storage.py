@@ -5,6 +5,7 @@ string inside a Ray call would resolve the bucket's region against AWS and fail 
 """
 
 import os
+import sys
 import tempfile
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -14,7 +15,14 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from dmd_core.files import is_local, join
-from pipelines.config import StorageSection
+from pipelines.config import NO_CREDENTIALS, StorageSection
+
+# Replies that say "not now" and that their HTTP status does not tell from a refusal.
+_NOT_NOW = ("RequestTimeout", "SlowDown", "Throttling", "OperationAborted")
+
+
+class StoreUrlError(ValueError):
+    """A URL of a store that cannot be used as it is written."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +59,9 @@ def open_store(url: str, options: StorageSection | None = None) -> Store:
     if scheme == "file":
         return Store(LocalFileSystem(auto_mkdir=True), os.path.abspath(urlsplit(url).path))
     if scheme != "s3":
-        raise ValueError(f"{url}: scheme {scheme!r} is not supported; expected a path or s3://")
+        raise StoreUrlError(f"{url}: scheme {scheme!r} is not supported; expected a path or s3://")
     if "@" in urlsplit(url).netloc:
-        raise ValueError(
-            "a store URL must not hold credentials; put them into the environment "
-            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE or a role)"
-        )
+        raise StoreUrlError(NO_CREDENTIALS)
     return Store(_s3(options), url.removeprefix("s3://").rstrip("/"))
 
 
@@ -73,25 +78,75 @@ def _s3(options: StorageSection) -> AbstractFileSystem:
     )
 
 
+def store_errors() -> tuple[type[Exception], ...]:
+    """What a store raises: as replies, and from below them (botocore, its HTTP client)."""
+    if "botocore" not in sys.modules:  # nothing remote was opened
+        return (OSError,)
+    from aiohttp import ClientError
+    from botocore.exceptions import BotoCoreError
+    from botocore.parsers import ResponseParserError
+
+    return (OSError, BotoCoreError, ClientError, ResponseParserError)
+
+
+def no_answer(error: BaseException | None) -> bool:
+    """True: `error`, or what it was raised from, is a remote store that could not be reached, broke
+    off, or said "not now": the same may succeed later. False for a refusal, for settings that are
+    missing (credentials, a profile), and for the local disk."""
+    if error is None:
+        return False
+    return _is_transient(error) or no_answer(error.__cause__)
+
+
+def _is_transient(error: BaseException) -> bool:
+    if "botocore" not in sys.modules:
+        return False
+    from aiohttp import ClientError as HttpError
+    from botocore import exceptions as boto
+    from botocore.parsers import ResponseParserError
+    from fsspec.exceptions import FSTimeoutError
+
+    if isinstance(error, boto.ClientError):  # a reply; s3fs raises an OSError from it
+        code = error.response.get("Error", {}).get("Code")
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return code in _NOT_NOW or status in (408, 429) or (status >= 500 and status != 501)
+    on_the_way = (
+        boto.ConnectionError,
+        boto.HTTPClientError,
+        boto.IncompleteReadError,
+        boto.MetadataRetrievalError,
+        ResponseParserError,  # half a reply, or a proxy's page in place of one
+        HttpError,
+        FSTimeoutError,
+    )
+    return isinstance(error, on_the_way)
+
+
 def check_writable(store: Store) -> None:
-    """Fail at the door: write and remove one small object."""
+    """Fail at the door: write and remove one small object.
+
+    Raises `PermissionError` for a refusal; a store that does not answer raises what it raises.
+    """
     probe = store.path(f".writable-{os.getpid()}")
     try:
         store.fs.makedirs(store.root, exist_ok=True)
         store.fs.pipe_file(probe, b"ok")
         store.fs.rm_file(probe)
-    except OSError as error:
+    except store_errors() as error:
+        if no_answer(error):
+            raise
         raise PermissionError(
             f"cannot write to {store.url}: {error}. Expected a writable folder or bucket prefix."
         ) from error
 
 
-def local_copy(store: Store) -> str:
-    """A local path with the folder's content: the folder itself, or a copy of the remote one."""
+def local_copy(store: Store, target: str | None = None) -> str:
+    """A local path with the folder's content: the folder itself, or a copy of the remote one, in
+    `target` (without it: in a new folder that stays)."""
     if is_local(store.fs):
         return store.root
     if not store.fs.exists(store.root):
         raise FileNotFoundError(f"{store.url} does not exist")
-    target = tempfile.mkdtemp(prefix="dmd-copy-")
+    target = target or tempfile.mkdtemp(prefix="dmd-copy-")
     store.fs.get(store.root + "/", target, recursive=True)
     return target

@@ -16,6 +16,8 @@ from pipelines.batches import PairReader
 from pipelines.images import read_images
 from pipelines.manifest import latest_manifest
 from pipelines.storage import open_store
+from tests.pipelines.made_pairs import made_batch, write_file
+from tests.pipelines.sealed_sets import commit_files
 
 PROMPTS = ["a red fox", *(f"a blue whale number {index}" for index in range(15))]
 
@@ -104,6 +106,20 @@ def test_one_prompt_walks_all_ten_stations(tiny_teacher_dir, tmp_path, ray_clust
 
     # The whole again does nothing.
     assert set(dmd("demo")) == {"student", "report"}
+
+
+def test_the_readme_reads_the_rows_of_the_newest_version_and_no_others(tmp_path):
+    root = open_store(str(tmp_path / "pairs"))
+    write_file(root, "a-0.parquet", range(8))
+    write_file(root, "b-0.parquet", range(5, 14))  # begins with rows that are there already
+    write_file(root, "c-0.parquet", range(20, 24))  # of no version
+    retired = {"a-0.parquet": [0, 3], "b-0.parquet": [5, 6, 7, 13]}
+    commit_files(root, ["a-0.parquet", "b-0.parquet"])
+    manifest = commit_files(root, ["a-0.parquet", "b-0.parquet"], excluded=retired)
+    table, latents = _read_as_the_readme_says(Path(root.root))
+    kept = [1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert table["pair_id"].to_pylist() == kept and len(kept) == manifest.rows
+    assert np.array_equal(latents, made_batch(kept).latents.numpy())
 
 
 def _read_as_the_readme_says(root: Path):

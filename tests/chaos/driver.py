@@ -1,5 +1,6 @@
 """The pair factory as a process of its own, to be killed, and what is on disk after that."""
 
+import contextlib
 import json
 import os
 import signal
@@ -95,13 +96,26 @@ class Driver:
                 continue
         return found
 
+    def signal_all(self, number: int) -> None:
+        """To the driver and to all that it started; first the driver, which watches the others."""
+        assert self.process is not None
+        others = [p for p in self.descendants() if p.pid != self.process.pid]
+        for process in (psutil.Process(self.process.pid), *others):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def wait(self) -> tuple[int, str]:
+        """(exit code, what it printed on stdout)."""
+        assert self.process is not None
+        out, _ = self.process.communicate(timeout=2 * PATIENCE_S)
+        code, self.process = self.process.returncode, None
+        return code, out
+
     def finish(self) -> dict:
         """Run to the end; the summary that it prints."""
         self.start()
-        assert self.process is not None
-        out, _ = self.process.communicate(timeout=2 * PATIENCE_S)
-        assert self.process.returncode == 0, self.log.read_text()[-3000:]
-        self.process = None
+        code, out = self.wait()
+        assert code == 0, self.log.read_text()[-3000:]
         return json.loads(out)
 
     # ------------------------------------------------------------ what is on disk
@@ -112,6 +126,13 @@ class Driver:
         names = [entry for entry in entries if not entry.name.endswith(_PENDING)]
         return sum(pq.read_metadata(name).num_rows for name in names)
 
+    def beat_phase(self) -> str:
+        """What the newest holder of the lease said that it was doing; "": nothing yet."""
+        beats = sorted(self.root.glob("leases/*.beat"))
+        with contextlib.suppress(ValueError, OSError):
+            return str(json.loads(beats[-1].read_text())["phase"]) if beats else ""
+        return ""
+
     def versions(self) -> int:
         """Sealed ones: each take-over of the lease leaves a void number as well."""
         return len(sealed_manifests(self.root))
@@ -120,7 +141,7 @@ class Driver:
         """What the driver was in the middle of: `wanted` rows are to be stored, and there were
         `versions` sealed when it started.
         """
-        if (self.root / "collecting").exists():
+        if (self.root / "collecting.json").exists():
             return "collecting"
         if self.versions() > versions:
             return "sealed"

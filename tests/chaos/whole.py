@@ -53,3 +53,13 @@ def _assert_version(root: Path, manifest: dict) -> None:
     assert len(set(ids)) == len(ids) == manifest["rows"], "a pair is there twice"
     asked = landed_table_ids(root, manifest["prompts_digest"])
     assert set(ids) == asked - set(manifest["rejected_ids"]), "pairs are missing, or too many"
+
+
+def stored_ids(root: Path, manifest: dict) -> set[int]:
+    """Of the rows that belong to the version."""
+    found = set()
+    for file in manifest["files"]:
+        out = {item["row"] for item in file["excluded"]}
+        ids = pq.read_table(root / file["key"], columns=["pair_id"])["pair_id"].to_pylist()
+        found |= {pair_id for row, pair_id in enumerate(ids) if row not in out}
+    return found

@@ -181,7 +181,17 @@ def test_outputs_environments_and_foreign_weights_stay_at_home(tmp_path):
     from ray._private.runtime_env.packaging import create_package
 
     kept = ["jobs/pairs.py", "my.yaml", "jobs/assets/emoji-teacher/unet/model.safetensors"]
+    secret = [
+        ".env",
+        ".env.prod",
+        "tls.pem",
+        "jobs/assets/id.key",
+        ".aws/config",
+        "a/credentials.json",
+    ]
     left = [
+        *secret,
+        "a/credentials.json",
         "runs/a/pairs/x.parquet",
         ".venv/lib/y.py",
         ".git/config",

@@ -1,14 +1,29 @@
 """What goes wrong at the door: one paragraph, the right exit code, nothing half-written."""
 
+import errno
+import json
 import os
 import shutil
+from pathlib import Path
 
+import aiohttp
 import pytest
+import s3fs
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
+from fsspec.exceptions import FSTimeoutError
+from s3fs.errors import translate_boto_error
 
-from jobs.cli import VERBS, main
+import jobs.inspect
+import jobs.pairs
+from jobs.cli import VERBS, _worker_failure, main
 from jobs.errors import Exit, JobError
 from jobs.pairs import check_rejects
+from jobs.session import open_session
+from pipelines.commits import StoreError
+from pipelines.storage import no_answer
 from tests.jobs.tiny_cli import run_tiny
+
+DEAD = "http://127.0.0.1:1"
 
 
 @pytest.fixture
@@ -104,11 +119,169 @@ def test_other_settings_in_a_run_folder_with_work_are_refused(dmd):
     assert "dmd pairs" in message  # going on for longer is allowed
 
 
+def test_a_list_that_grows_does_not_lock_its_training_out_and_another_sampler_does(dmd):
+    (dmd.folder / "run" / "checkpoints").mkdir(parents=True)
+    dmd("train")
+    longer = dmd.folder / "longer.csv"
+    longer.write_text("text\n" + "\n".join(f"prompt {index}" for index in range(50)))
+    grown = {
+        "pairs__prompts": longer,
+        "pairs__prompt_column": "text",
+        "pairs__samples_per_prompt": 3,
+        "pairs__batch_size": 2,
+        "pairs__rows_per_block": 24,
+        "pairs__row_group_rows": 6,
+    }
+    for key, value in grown.items():
+        code, message = dmd("train", **{key: value})
+        assert "other settings" not in message and "dmd pairs" in message, key
+    sampler = {"solver": "ddim", "steps": 9, "guidance_scale": 3.0, "negative_prompt": "x",
+               "height": 32, "dtype": "float32", "compute_dtype": "bfloat16"}  # fmt: skip
+    for key, value in sampler.items():
+        code, message = dmd("train", **{f"pairs__{key}": value})
+        assert code == Exit.REFUSED and f"pairs.{key}: " in message, key
+    assert "run.seed: 0 → 1" in dmd("train", run__seed=1)[1]
+
+
 def test_too_many_rejected_rows_are_exit_code_5():
     check_rejects(rows=99, rejected=1, allowed=0.01)
     with pytest.raises(JobError, match="2 of 100 rows") as caught:
         check_rejects(rows=98, rejected=2, allowed=0.01)
     assert caught.value.code == Exit.REJECTS == 5
+
+
+def test_a_result_is_printed_also_when_it_is_an_error(dmd, monkeypatch, capsys):
+    def run(session):
+        raise JobError("too many", Exit.REJECTS, result={"rows": 98})
+
+    monkeypatch.setattr(jobs.pairs, "run", run)
+    assert main(["pairs", "--config", "tiny", "--json"]) == Exit.REJECTS
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"rows": 98} and printed.err == "error: too many\n"
+    assert main(["pairs", "--config", "tiny"]) == Exit.REJECTS
+    assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------- stores
+
+
+def reply(status: int, code: str = "") -> OSError:
+    """What s3fs makes of a reply of the server."""
+    content = {
+        "Error": {"Code": code or str(status), "Message": "so it says"},
+        "ResponseMetadata": {"HTTPStatusCode": status},
+    }
+    return translate_boto_error(ClientError(content, "GetObject"))
+
+
+def caused(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+LATER = [
+    reply(500, "InternalError"),
+    reply(502),
+    reply(503, "SlowDown"),
+    reply(429),
+    reply(400, "RequestTimeout"),
+    EndpointConnectionError(endpoint_url=DEAD),
+    aiohttp.ServerDisconnectedError(),
+    FSTimeoutError(),
+    caused(StoreError("cannot be read"), reply(503)),
+]
+NEVER = [
+    reply(403, "AccessDenied"),
+    reply(404, "NoSuchKey"),
+    reply(412, "PreconditionFailed"),
+    reply(501, "NotImplemented"),
+    NoCredentialsError(),
+    OSError(errno.EIO, "the disk is broken"),
+    PermissionError("not yours"),
+    caused(StoreError("cannot create"), reply(403)),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(error, Exit.TRANSIENT) for error in LATER] + [(error, Exit.REFUSED) for error in NEVER],
+    ids=repr,
+)
+def test_what_a_store_answers_says_whether_to_try_again(error, code, monkeypatch, capfd):
+    def run(session):
+        raise error
+
+    monkeypatch.setattr(jobs.inspect, "run", run)
+    assert no_answer(error) is (code == Exit.TRANSIENT)
+    assert main(["inspect", "x", "--set", f"storage.endpoint_url={DEAD}"]) == code
+    said = capfd.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    if code == Exit.TRANSIENT and not isinstance(error, StoreError):
+        assert f"the store at {DEAD} did not answer: " in said and "try again" in said
+
+
+@pytest.mark.parametrize("arguments", [["inspect", "s3://b/x"], ["pairs"]])
+def test_a_store_that_is_not_there_is_one_line(arguments, monkeypatch, capfd):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    settings = [f"storage.endpoint_url={DEAD}", "run.dir=s3://b/run"]
+    options = [part for setting in settings for part in ("--set", setting)]
+    assert main([*arguments, "--config", "tiny", *options]) == Exit.TRANSIENT
+    said = capfd.readouterr().err
+    assert said.startswith(f"error: the store at {DEAD} did not answer: ")
+    assert said.endswith("; try again\n") and said.count("\n") == 1
+
+
+def test_a_store_without_credentials_or_bucket_is_refused_at_the_door(
+    s3_endpoint, monkeypatch, capfd
+):
+    def door(region: str) -> tuple[int, str]:  # a client of its own for each region
+        settings = (f"storage.endpoint_url={s3_endpoint}", "run.dir=s3://X_/run")
+        options = [f"--set={setting}" for setting in (*settings, f"storage.region={region}")]
+        code = main(["pairs", "--config", "tiny", *options])
+        return code, capfd.readouterr().err
+
+    code, said = door("us-west-1")
+    assert code == Exit.REFUSED and "cannot write to s3://X_/run" in said
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    code, said = door("us-west-2")
+    assert code == Exit.REFUSED and "cannot write" in said and "credentials" in said
+
+
+@pytest.mark.parametrize(
+    ("last", "code"),
+    [
+        ("botocore.exceptions.EndpointConnectionError: Could not connect", Exit.TRANSIENT),
+        ("OSError: [Errno 121] We encountered an internal error", Exit.TRANSIENT),
+        ("pipelines.batches.PairFileError: a.parquet: missing", Exit.REFUSED),
+        ("ZeroDivisionError: division by zero", Exit.BUG),
+    ],
+)
+def test_an_error_of_a_worker_is_told_by_its_last_line(last, code):
+    message, found = _worker_failure(RuntimeError(f"Traceback\n  File\n{last}\n"))
+    assert found == code and last.split(": ", 1)[1] in message
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/x", "s3://key:secret@bucket/x"])
+def test_a_store_url_that_cannot_be_used_is_one_line(url, capfd):
+    assert main(["inspect", url]) == Exit.REFUSED
+    said = capfd.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and "secret" not in said.split()
+
+
+def test_a_copied_teacher_goes_with_the_session(tiny_teacher_dir, s3_store, s3_endpoint, tmp_path):
+    s3_store.fs.put(tiny_teacher_dir, s3_store.path("teacher"), recursive=True)
+    settings = [f"teacher.path={s3_store.url}/teacher", f"storage.endpoint_url={s3_endpoint}"]
+    with open_session("tiny", settings, quiet=True) as session:
+        folder = Path(session.teacher_dir)
+        assert (folder / "unet").is_dir()
+    assert not folder.exists()
+    with open_session("tiny", [f"teacher.path={tiny_teacher_dir}"], quiet=True) as session:
+        assert session.teacher_dir == tiny_teacher_dir
+    assert (Path(tiny_teacher_dir) / "unet").is_dir()
 
 
 def test_an_unknown_key_is_a_usage_error(dmd):

@@ -20,6 +20,18 @@ def test_every_shipped_recipe_is_valid(name):
     load_recipe(name, [])
 
 
+def test_an_endpoint_holds_no_credentials_and_an_error_does_not_repeat_them(tmp_path):
+    for url in ("http://key:se/cret@host", "https://key:se/cret@host:9000/x", "key:se/cret@host"):
+        message = _error(tmp_path, f"storage: {{endpoint_url: '{url}'}}")
+        assert "storage.endpoint_url: a store URL must not hold credentials" in message
+        assert not any(part in message for part in ("key:", "se/", "cret@"))
+    for url in ("minio:9000", "ftp://host", "http://"):
+        message = _error(tmp_path, f"storage: {{endpoint_url: '{url}'}}")
+        assert "expected http://host:port" in message and url in message
+    recipe = load_recipe("demo", ["storage.endpoint_url=http://minio:9000"])
+    assert recipe.storage.endpoint_url == "http://minio:9000"
+
+
 def test_a_bare_no_means_no(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("train: {mixed_precision: no}")

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import pipelines.stored_rows
 from jobs.cli import main
 from jobs.errors import Exit
 from pipelines.dataset_pins import pin_versions, read_pins
-from pipelines.manifest import void_next_number
+from pipelines.inspection import _Listings
+from pipelines.manifest import manifest_path, void_next_number
 from pipelines.storage import open_store
 from tests.pipelines.made_pairs import FINGERPRINT, write_file
 from tests.pipelines.sealed_sets import commit_files, land, tamper, teacher_set
@@ -112,6 +114,45 @@ def test_a_missing_file_ends_the_look_with_its_name(inspect, root):
     for arguments in ([], ["--checksums"]):
         code, _, err = inspect(*arguments)
         assert code == Exit.REFUSED and f"{path}: missing" in err
+    code, out, err = inspect("--json")
+    found = json.loads(out)  # what is damaged, and beside it what is not
+    assert code == Exit.REFUSED and found["versions"][0]["rows"] == 8
+    assert f"{path}: missing" in found["problems"][0]
+    code, out, err = inspect("--checksums", "--json")
+    found = json.loads(out)
+    assert code == Exit.REFUSED and found["version"] == 1 and found["checksums"]["problems"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [([], Exit.OK), (["--version", "1"], Exit.REFUSED),
+     (["--checksums", "--version", "1"], Exit.REFUSED)],
+)  # fmt: skip
+def test_a_version_that_is_collected_meanwhile_is_not_damage(
+    inspect, root, monkeypatch, arguments, expected
+):
+    path = write_file(root, "a-0.parquet", range(4))
+    write_file(root, "b-0.parquet", range(4, 8))
+    commit_files(root, ["a-0.parquet"])
+    commit_files(root, ["b-0.parquet"])
+
+    def collected_before(then):
+        def look(*args):
+            Path(manifest_path(root, 1)).unlink(missing_ok=True)
+            Path(path).unlink(missing_ok=True)
+            return then(*args)
+
+        return look
+
+    check_files = pipelines.stored_rows.check_files
+    monkeypatch.setattr(_Listings, "sizes", collected_before(_Listings.sizes))
+    monkeypatch.setattr(pipelines.stored_rows, "check_files", collected_before(check_files))
+    code, out, err = inspect("--json", *arguments)
+    assert code == expected and "missing," not in err
+    if code == Exit.OK:
+        assert [v["version"] for v in json.loads(out)["versions"]] == [2]
+    else:
+        assert "no such version; sealed versions: 2" in err
 
 
 def test_two_versions_are_compared(inspect, root):
@@ -143,6 +184,8 @@ def test_the_teacher_confirms_its_rows_or_names_those_that_differ(inspect, root,
     tamper(root, manifest, "latent", 7, 0.25)
     code, _, err = inspect("--verify")
     assert code == Exit.REFUSED and "1 ids whose latents differ: 7" in err
+    code, out, _ = inspect("--verify", "--json")
+    assert code == Exit.REFUSED and json.loads(out)["verify"]["latents_differ"] == [7]
     assert inspect("--verify", "--tolerance", "0.5")[0] == Exit.OK
     code, _, err = inspect("--checksums")
     assert code == Exit.OK  # file and manifest agree: only the teacher can tell

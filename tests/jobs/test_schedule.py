@@ -276,10 +276,16 @@ def test_what_works_only_on_this_machine_is_pointed_out(world):
     _, _, said = world.dmd("add", "0 3 * * *", "--name", "a", "--", "pairs", "--config", "my.yaml")
     assert "my.yaml must be found there" in said
     _, _, said = world.dmd("add", "0 3 * * *", "--name", "b", "--", "pairs", "--config", "tiny")
-    assert "run.dir is 'runs/tiny'" in said
-    shared = ("--set", "run.dir=s3://bucket/run")
-    _, _, said = world.dmd("add", "0 3 * * *", "--name", "c", "--", "pairs", *shared)
-    assert "run.dir is" not in said and "must be found" not in said
+    assert "run.dir is 'runs/tiny'" in said and "pairs.root" not in said
+    shared = ["--set", "run.dir=s3://bucket/run"]
+    for name, root in (("c", ""), ("d", "s3://bucket/pairs"), ("e", "/shared/pairs")):
+        job = ("pairs", *shared, "--set", f"pairs.root={root}")
+        _, _, said = world.dmd("add", "0 3 * * *", "--name", name, "--", *job)
+        assert " is '" not in said and "must be found" not in said
+    job = ("pairs", *shared, "--set", "pairs.root=my/pairs")
+    _, _, said = world.dmd("add", "0 3 * * *", "--name", "f", "--", *job)
+    assert "pairs.root is 'my/pairs'" in said and "--set pairs.root=…" in said
+    assert "run.dir is" not in said
 
 
 def test_a_plan_changes_nothing(world):

@@ -163,8 +163,8 @@ def test_what_a_run_reads_is_pinned_before_it_starts_and_not_by_one_that_is_refu
     assert read_pins(copied) == {}
     with pytest.raises(AssertionError, match="not refused"):
         train(pairs__root=copied.url, train__follow_pairs=False)
-    name = pin_name(str(train.folder / "run"))
-    pin = read_pins(copied)[name]
+    [(name, pin)] = read_pins(copied).items()
+    assert name.startswith(pin_name(str(train.folder / "run")))
     assert pin.versions == (1,) and pin.holder == f"dmd train {train.folder / 'run'}"
 
     # Gone on with: also what its newest checkpoint has gone over to.
@@ -191,7 +191,7 @@ def test_a_version_that_is_collected_before_it_is_pinned(train, copied, monkeypa
     monkeypatch.setattr(PinHolder, "pin", collected)
     with pytest.raises(AssertionError, match="not refused"):
         train(pairs__root=copied.url)
-    assert read_pins(copied)[pin_name(str(train.folder / "run"))].versions == (1,)
+    assert [pin.versions for pin in read_pins(copied).values()] == [(1,)]
     assert json.loads((train.folder / "run" / "pins.json").read_text())["default"] == 1
 
 

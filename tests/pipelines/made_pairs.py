@@ -11,7 +11,7 @@ import torch
 from dmd_core.files import write_atomic
 from dmd_core.noise import sample_noise
 from dmd_core.types import PairBatch
-from pipelines.collect import data_base
+from pipelines.ledger import data_base
 from pipelines.pairs import Fingerprint, encode_pairs
 from pipelines.prompts import LandedFile, LandedPrompts
 from pipelines.storage import Store

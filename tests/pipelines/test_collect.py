@@ -10,7 +10,7 @@ from dmd_core.files import write_atomic
 from pipelines import collect as module
 from pipelines.batches import PairReader
 from pipelines.collect import collect_garbage, needs_collecting
-from pipelines.dataset_pins import pin_name, pin_versions, read_pins, unpin
+from pipelines.dataset_pins import intent_path, pin_name, pin_versions, read_pins, unpin
 from pipelines.lease import LeaseLostError, hold_lease
 from pipelines.manifest import (
     NoSuchVersionError,
@@ -125,6 +125,18 @@ def test_a_reader_keeps_it_or_hears_that_it_goes(root, monkeypatch, moment):
     assert bool(refused) == (before is not None) and dropped == ((1,) if refused else ())
     assert (1 in list_versions(root)) != bool(refused)
     assert_readable(root)
+
+
+def test_who_has_pinned_a_version_pins_it_again_whatever_a_collector_means_to_do(root):
+    """A training that follows the set pins all it has read, and more, at each switch."""
+    for steps in (1, 2, 3):
+        seal(root, range(4), other(steps), name=f"w{steps}_0")
+    pin_versions(root, "reader", [1], holder="a test", created="now")
+    write_atomic(root.fs, intent_path(root), json.dumps({"versions": [1, 2]}).encode())
+    pin_versions(root, "reader", [1, 3], holder="a test", created="later")
+    with pytest.raises(NoSuchVersionError, match="version 2 is being collected"):
+        pin_versions(root, "reader", [1, 2, 3], holder="a test", created="too late")
+    assert read_pins(root)["reader"].versions == (1, 3)  # as it was
 
 
 def test_a_collector_that_was_killed_is_followed_by_one_that_ends_its_work(root, monkeypatch):

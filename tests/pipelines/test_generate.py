@@ -20,8 +20,8 @@ from pipelines import generate
 from pipelines.batches import PairReader
 from pipelines.config import ActorRange, PairsSection, StorageSection
 from pipelines.factory import PairOrder, fill_order
-from pipelines.generate import forget_lost_files, settle_ledger
 from pipelines.lease import LeaseHeldError, newest_fence
+from pipelines.ledger import forget_lost_files, settle_ledger
 from pipelines.manifest import list_versions
 from pipelines.pairs import fingerprint_of
 from pipelines.progress import ProgressBoard
@@ -76,7 +76,7 @@ class Job:
             on_changes=changes.append,
             **options,
         )
-        assert len(boards) == bool(outcome.cost)
+        assert len(boards) == bool(outcome.cost)  # Ray is used only if there is something to make
         return outcome, outcome.cost.get("rows", 0), changes
 
     def files(self, manifest):
@@ -122,7 +122,8 @@ def test_prompts_become_a_sealed_version_that_only_ever_grows(
     job = Job(open_store(str(tmp_path / "set")), tiny_teacher_dir, tmp_path)
     outcome, done, changes = job.run(CAPTIONS)
     first = outcome.manifest
-    assert (first.version, done, first.rejected, changes) == (1, 15, 0, [None])
+    assert (first.version, done, first.rejected) == (1, 15, 0)
+    assert (changes[0].settings, changes[0].rows, changes[0].to_make) == (None, 15, 15)
     assert outcome.cost["busy_s"] > 0 and outcome.cost["gpu_s"] == 0
     pairs = assert_complete(job.root, first)
     assert all(max(file.row_groups) <= SECTION.row_group_rows for file in first.files)
@@ -259,7 +260,7 @@ def test_ledger_entries_without_their_data_are_forgotten(tmp_path):
     names = ["set_write_000000", "set_write_000001", "set_write_000002", "gone.pending"]
     for name in names:
         (ledger / f"{name}.parquet").touch()
-    assert forget_lost_files(root, FINGERPRINT) == ["set_write_000002.parquet"]
+    assert forget_lost_files(root, FINGERPRINT.folder) == ["set_write_000002.parquet"]
     left = sorted(path.name for path in ledger.iterdir())
     assert left == sorted(f"{n}.parquet" for n in names if n != "set_write_000002")
 
@@ -271,7 +272,7 @@ def test_a_renaming_that_was_cut_in_half_is_finished(tmp_path):
     ledger.mkdir(parents=True)
     for name in ("a.parquet", "a.pending.parquet", "b.pending.parquet"):
         (ledger / name).touch()
-    settle_ledger(root, FINGERPRINT)
+    settle_ledger(root, FINGERPRINT.folder)
     assert sorted(path.name for path in ledger.iterdir()) == ["a.parquet", "b.pending.parquet"]
 
 
@@ -281,18 +282,18 @@ def test_rows_whose_data_vanish_while_a_run_starts_are_made_in_the_same_run(
     job = Job(open_store(str(tmp_path / "set")), tiny_teacher_dir, tmp_path)
     outcome, _, _ = job.run(CAPTIONS[:2])
     lost = job.root.path(outcome.manifest.files[0].key)
-    forget, calls = generate.forget_lost_files, []
+    write, passes = generate._write_missing_rows, []
 
-    def forget_then_lose(root, fingerprint):
-        calls.append(forget(root, fingerprint))
-        if len(calls) == 1:
+    def lose_then_write(*arguments):
+        if not passes:
             os.remove(lost)
-        return calls[-1]
+        passes.append(1)
+        write(*arguments)
 
-    monkeypatch.setattr(generate, "forget_lost_files", forget_then_lose)
+    monkeypatch.setattr(generate, "_write_missing_rows", lose_then_write)
     outcome, done, _ = job.run(CAPTIONS[:3])
     assert done == 9  # three new ones, and in a second pass the six that were lost
-    assert [len(names) for names in calls] == [0, 1, 0]
+    assert len(passes) == 2
     assert_complete(job.root, outcome.manifest)
 
 

@@ -146,6 +146,49 @@ def test_a_lease_that_cannot_be_renewed_is_lost_after_a_period(tmp_path, monkeyp
         monkeypatch.undo()
 
 
+def test_progress_that_cannot_be_told_does_not_end_the_beats(tmp_path):
+    """It is written into the same store: one failed request must not cost the lease."""
+    root, told = open_store(str(tmp_path / "set")), threading.Semaphore(0)
+
+    def fail():
+        told.release()
+        raise OSError("503 SlowDown")
+
+    with hold(root, progress=fail) as lease:
+        for _ in range(4):
+            assert told.acquire(timeout=10)
+        lease.check()
+        assert lease_status(root)["progress"]["count"] >= 2
+
+
+def test_without_beats_nobody_goes_on(tmp_path):
+    root, lost = open_store(str(tmp_path / "set")), threading.Event()
+    calls = []
+
+    def break_down():
+        calls.append(1)
+        if len(calls) > 1:
+            raise ZeroDivisionError("a bug")
+        return {}
+
+    with hold(root, progress=break_down, on_lost=lost.set) as lease:
+        assert lost.wait(10)
+        with pytest.raises(LeaseLostError, match="its beats have ended"):
+            lease.check()
+
+
+def test_a_release_that_fails_is_no_failure_of_the_work(tmp_path, monkeypatch):
+    root = open_store(str(tmp_path / "set"))
+
+    def refuse(*_):
+        raise OSError("503 SlowDown")
+
+    with hold(root):
+        monkeypatch.setattr(module, "_write_json", refuse)
+    monkeypatch.undo()
+    assert newest_fence(root) == 1 and lease_status(root) is not None
+
+
 def test_old_leases_are_forgotten_and_numbers_are_not_reused(tmp_path):
     root = open_store(str(tmp_path / "set"))
     for _ in range(15):

@@ -87,12 +87,16 @@ def test_the_digest_is_that_of_the_file(root):
         assert hashlib.sha256(file.read()).hexdigest() == committed.digest
 
 
-def test_sealed_prompts_are_found_again_only_when_nothing_was_rejected(root):
+def test_the_newest_version_alone_can_be_what_is_asked_for(root):
+    assert find_sealed(root, FINGERPRINT.digest, "p") is None
     commit_manifest(root, body())
-    commit_manifest(root, body(prompts_digest="q", rejected_ids=[1]))
     assert find_sealed(root, FINGERPRINT.digest, "p").version == 1
-    assert find_sealed(root, FINGERPRINT.digest, "q") is None
     assert find_sealed(root, "0" * 64, "p") is None
+    commit_manifest(root, body(prompts_digest="q"))
+    assert find_sealed(root, FINGERPRINT.digest, "p") is None  # readers take version 2
+    assert find_sealed(root, FINGERPRINT.digest, "q").version == 2
+    commit_manifest(root, body(prompts_digest="q", rejected_ids=[1]))
+    assert find_sealed(root, FINGERPRINT.digest, "q") is None  # the rejected row is tried again
 
 
 def test_a_void_number_is_no_version(root):

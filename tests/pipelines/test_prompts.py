@@ -423,6 +423,20 @@ def test_a_table_that_is_gone_or_cut_is_landed_again(sized):
             assert find_landed(source, None, root, **SETTINGS) == landed
 
 
+def test_a_flipped_bit_of_a_table_is_seen_where_it_is_used_and_mended_by_landing_again(sized):
+    source, root = sized
+    landed = land_prompts(source, None, root, **SETTINGS)
+    before = contents(landed)
+    for file in landed.files:
+        data = bytearray(Path(file.path).read_bytes())
+        data[len(data) // 2] ^= 1
+        Path(file.path).write_bytes(data)
+        assert find_landed(source, None, root, **SETTINGS, whole=True) is None
+        assert land_prompts(source, None, root, **SETTINGS) == landed
+        assert contents(landed) == before
+        assert find_landed(source, None, root, **SETTINGS, whole=True) == landed
+
+
 def test_landing_again_leaves_the_tables_alone(sized):
     source, root = sized
     landed = land_prompts(source, None, root, **SETTINGS)
@@ -444,7 +458,7 @@ def test_landing_again_leaves_the_tables_alone(sized):
         lambda record: record.replace('"height": 64', '"height": "../64"'),
         lambda record: record.replace('"height": 64', '"height": null'),
         lambda record: record.replace('"bytes"', '"size"'),
-        lambda record: record.replace('"format": 1', '"format": 2'),
+        lambda record: record.replace('"format": 2', '"format": 3'),
         lambda record: record.replace('"duplicates": 0', '"duplicates": -1'),
     ],
 )

@@ -1,0 +1,78 @@
+"""Ray Data's ledger of one generation: the ids of the rows whose files are finished.
+
+Ray names the entry of one write `<base>.parquet`, before the data is there
+`<base>.pending.parquet`, and the data files `<base>-0.parquet`, `<base>-1.parquet`, …. The ledger
+only saves work; what a version holds is decided when it is sealed.
+"""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from pipelines.commits import delete_if_there, list_files
+from pipelines.storage import Store
+
+_PENDING = ".pending.parquet"
+_READERS = 16  # small files: the store's response time counts, not its bandwidth
+
+
+def data_base(name: str) -> str:
+    """The base of a data file's name."""
+    return name.rsplit("-", 1)[0]
+
+
+def ledger_base(name: str) -> str:
+    """The base of an entry's name, pending or not."""
+    return name.removesuffix(".parquet").removesuffix(".pending")
+
+
+def finished_ids(root: Store, generation: str) -> np.ndarray:
+    """The ids in all entries that are not pending, int64."""
+    names = _entries(root, generation)
+    paths = [root.path(generation, "ledger", name) for name in names if not _is_pending(name)]
+    with ThreadPoolExecutor(max_workers=_READERS) as pool:
+        found = list(pool.map(lambda path: _ids(root, path), paths))
+    return np.concatenate(found) if found else np.empty(0, np.int64)
+
+
+def settle_ledger(root: Store, generation: str) -> None:
+    """Finish renamings that were cut in half: on an object store a move is a copy and a deletion.
+
+    Ray deletes the data of every pending entry when it starts. An entry that is committed as well
+    vouches for data that a version may name.
+    """
+    names = set(_entries(root, generation))
+    for name in names:
+        if _is_pending(name) and f"{ledger_base(name)}.parquet" in names:
+            delete_if_there(root, root.path(generation, "ledger", name))
+
+
+def forget_lost_files(root: Store, generation: str) -> list[str]:
+    """Remove entries whose data file is gone, so that their rows are made again.
+
+    Returns the names of the removed entries.
+    """
+    present = {data_base(name) for name in list_files(root, root.path(generation, "data"))}
+    lost = [
+        name
+        for name in _entries(root, generation)
+        if not _is_pending(name) and ledger_base(name) not in present
+    ]
+    for name in lost:
+        delete_if_there(root, root.path(generation, "ledger", name))
+    return lost
+
+
+def _entries(root: Store, generation: str) -> Iterable[str]:
+    return list_files(root, root.path(generation, "ledger"))
+
+
+def _is_pending(name: str) -> bool:
+    return name.endswith(_PENDING)
+
+
+def _ids(root: Store, path: str) -> np.ndarray:
+    with root.fs.open(path, "rb") as stream:
+        return pq.ParquetFile(stream).read(columns=["pair_id"])["pair_id"].to_numpy()
