@@ -15,7 +15,7 @@ import numpy as np
 
 from pipelines.collect import Collected, collect_garbage, needs_collecting
 from pipelines.config import PairsSection, StorageSection
-from pipelines.inspection import landed_ids_of
+from pipelines.landed import landed_ids, landed_ids_of
 from pipelines.lease import Lease, hold_lease
 from pipelines.ledger import finished_ids, forget_lost_files, settle_ledger
 from pipelines.manifest import Manifest, find_sealed, latest_manifest, void_next_number
@@ -29,7 +29,7 @@ from pipelines.prompts import (
     prepare_prompts,
 )
 from pipelines.run_record import RunRecord
-from pipelines.seal import data_keys, landed_ids, seal_generation
+from pipelines.seal import data_keys, seal_generation
 from pipelines.storage import Store, open_store
 from pipelines.stored_rows import version_ids
 from pipelines.version_diff import changed_fields

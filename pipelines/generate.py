@@ -15,6 +15,7 @@ from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.datasource import FilenameProvider
 
+from pipelines.landed import table_ids
 from pipelines.lease import Lease
 from pipelines.ledger import finished_ids, forget_lost_files
 from pipelines.manifest import Manifest
@@ -24,7 +25,6 @@ from pipelines.seal import (
     MissingRowsError,
     SealError,
     seal_generation,
-    table_ids,
 )
 from pipelines.teacher_actor import TeacherActor, TeacherTask
 

@@ -10,13 +10,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.bounded import map_bounded
-from pipelines.commits import StoreError, list_files, read_json
+from pipelines.commits import StoreError, read_json
 from pipelines.dataset_pins import Pin, read_pins
+from pipelines.landed import landed_tables
 from pipelines.lease import lease_status
 from pipelines.manifest import (
     Manifest,
@@ -242,30 +242,6 @@ def _version(
         pinned_by=tuple(pin.name for pin in pins if manifest.version in pin.versions),
         reasons=dict(reasons.most_common()),
     )
-
-
-def landed_tables(digest: str, names: Iterable[str]) -> list[str]:
-    """Those of `names` that hold the landed prompts `digest`: one table for each picture size."""
-    table = re.compile(rf"{re.escape(digest)}(-\d+x\d+)?\.parquet")
-    return sorted(name for name in names if table.fullmatch(name))
-
-
-def landed_ids_of(root: Store, manifest: Manifest) -> np.ndarray | None:
-    """The ids that the version was asked to hold, int64; None: its landed table is gone.
-
-    Raises `StoreError` for a table that cannot be read.
-    """
-    tables = landed_tables(manifest.prompts_digest, list_files(root, root.path("prompts")))
-    parts = []
-    for name in tables:
-        path = root.path("prompts", name)
-        try:
-            with root.fs.open(path, "rb") as stream:
-                table = pq.ParquetFile(stream).read(columns=["pair_id"])
-        except (pa.ArrowException, OSError) as error:
-            raise StoreError(f"{path}: cannot be read: {error}") from error
-        parts.append(table["pair_id"].to_numpy())
-    return np.concatenate(parts) if parts else None
 
 
 def _void(root: Store, versions: set[int]) -> dict[int, str]:

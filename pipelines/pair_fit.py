@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pipelines.commits import list_files
-from pipelines.inspection import landed_tables
+from pipelines.landed import landed_tables
 from pipelines.manifest import Manifest
 from pipelines.pair_files import PairFiles
 from pipelines.storage import Store

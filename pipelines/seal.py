@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.commits import list_files
+from pipelines.landed import landed_ids
 from pipelines.lease import Lease
 from pipelines.ledger import data_base
 from pipelines.manifest import (
@@ -153,16 +154,6 @@ def data_keys(root: Store, fingerprint: Fingerprint, earlier: Manifest | None = 
 def list_names(root: Store, fingerprint: Fingerprint, part: str) -> list[str]:
     """Names of the files in one folder of the generation (data, ledger or rejects), sorted."""
     return list_files(root, root.path(fingerprint.folder, part))
-
-
-def landed_ids(root: Store, prompts: LandedPrompts) -> np.ndarray:
-    """The ids that are asked for, ascending, int64."""
-    return np.sort(np.concatenate([table_ids(root, file.path) for file in prompts.files]))
-
-
-def table_ids(root: Store, path: str) -> np.ndarray:
-    """The ids of one landed table, int64."""
-    return pq.read_table(path, columns=["pair_id"], filesystem=root.arrow)["pair_id"].to_numpy()
 
 
 @dataclass(frozen=True)

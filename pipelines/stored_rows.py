@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipelines.bounded import map_bounded
-from pipelines.inspection import landed_ids_of
+from pipelines.landed import landed_ids_of
 from pipelines.manifest import Manifest, ManifestFile
 from pipelines.pair_files import PairFileError, kept_mask
 from pipelines.pairs import PairSchemaError, decode_pairs, fingerprint_digest

@@ -26,15 +26,16 @@ def cluster() -> Iterator[object]:
 
 
 def teachers(node) -> list[psutil.Process]:
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    return [p for p in raylet.children(recursive=True) if _title(p).startswith("ray::MapWorker")]
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
+    """The node's workers that hold a teacher; each worker knows the raylet that started it."""
+    raylet, found = str(node.all_processes["raylet"][0].process.pid), []
+    for process in psutil.process_iter():
+        try:
+            title = " ".join(process.cmdline())
+            if "TeacherActor" in title and process.environ().get("RAY_RAYLET_PID") == raylet:
+                found.append(process)
+        except psutil.Error:  # of another user, or gone
+            continue
+    return found
 
 
 @pytest.mark.chaos

@@ -230,6 +230,7 @@ def test_a_store_that_is_not_there_is_one_line(arguments, monkeypatch, capfd):
     said = capfd.readouterr().err
     assert said.startswith(f"error: the store at {DEAD} did not answer: ")
     assert said.endswith("; try again\n") and said.count("\n") == 1
+    assert "cannot write" not in said  # nobody refused
 
 
 def test_a_store_without_credentials_or_bucket_is_refused_at_the_door(
