@@ -60,7 +60,7 @@ def made_pairs(work: dict[str, Any]) -> dict[str, Any]:
         table = encode_pairs(pairs, seeds, fingerprint=fingerprint, provenance=versions)
         base = f"000001_{number:06d}"
         path = f"{folders[0]}/{base}-0.parquet"
-        pq.write_table(table, path, row_group_size=section.row_group_rows)
+        pq.write_table(table, path, row_group_size=section.row_group_rows, write_page_checksum=True)
         pq.write_table(pa.table({"pair_id": ids}), f"{folders[1]}/{base}.parquet")
     return {"rows": landed.rows}
 

@@ -90,6 +90,7 @@ def _drop(root: Store, lease: Lease, version: int) -> None:
     What remains: a collector that freezes between the next two lines, while a new holder decides
     to keep this very version, drops it when it thaws. Its files stay, and readers hear of it.
     """
+    lease.check()
     folder = generation_folder(load_manifest(root, version).fingerprint_digest)
     write_atomic(root.fs, root.path(folder, _DROPPED), b"")
     entry = void_entry(lease.fence, "collected")

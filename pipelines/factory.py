@@ -95,7 +95,8 @@ def fill_order(
     with tempfile.TemporaryDirectory(prefix="dmd-prompts-") as folder:
         landing = _Landing(order, folder)
         sealed = find_sealed(root, fingerprint.digest, landing.digest)
-        if sealed is not None and (keep is None or not needs_collecting(root, keep)):
+        collected = keep is None or not needs_collecting(root, keep)
+        if sealed is not None and landing.is_there and collected:
             return Outcome(sealed, made=False)
         record = RunRecord(root, fingerprint.folder, gpus_per_actor=section.gpus_per_actor)
         with hold_lease(
@@ -108,8 +109,8 @@ def fill_order(
         ) as lease:
             try:
                 manifest = find_sealed(root, fingerprint.digest, landing.digest)
+                prompts = landing.publish()
                 if manifest is None:
-                    prompts = landing.publish()
                     asked = landed_ids(root, prompts)
                     settle_ledger(root, fingerprint.folder)
                     forget_lost_files(root, fingerprint.folder)
@@ -120,14 +121,14 @@ def fill_order(
                     else:
                         record.phase = "sealing"
                         manifest = seal_generation(root, fingerprint, prompts, lease=lease)
-                collected = None
+                garbage = None
                 if keep is not None:
                     record.phase = "collecting"
-                    collected = collect_garbage(root, lease, keep=keep)
+                    garbage = collect_garbage(root, lease, keep=keep)
             except KeyboardInterrupt:
                 lease.check()  # was it the lost lease that interrupted us?
                 raise
-    return Outcome(manifest, True, record.spent, collected)
+    return Outcome(manifest, True, record.spent, garbage)
 
 
 class _Landing:
@@ -138,6 +139,11 @@ class _Landing:
         self._order, self._folder = order, folder
         self._landed = self._find()
         self._prepared = None if self._landed else self._prepare()
+
+    @property
+    def is_there(self) -> bool:
+        """Was the table landed from these files already, and is it still there?"""
+        return self._landed is not None
 
     @property
     def digest(self) -> str:

@@ -114,6 +114,7 @@ def _write_missing_rows(task: TeacherTask, file: LandedFile, lease: Lease) -> No
             mode=SaveMode.APPEND,
             filename_provider=_FencedNames(lease.fence),
             row_group_size=section.row_group_rows,
+            write_page_checksum=True,  # a flipped bit is an error of whoever reads the page
         )
 
 

@@ -76,7 +76,11 @@ class PairFiles:
         try:
             self._check_bytes(path, number, file, stream)
             # Reading ahead saves requests; on a local disk it only costs.
-            parquet = pq.ParquetFile(stream, pre_buffer=not is_local(self._root.fs))
+            parquet = pq.ParquetFile(
+                stream,
+                pre_buffer=not is_local(self._root.fs),
+                page_checksum_verification=True,
+            )
             self._check_footer(path, file, parquet)
         except BaseException:
             stream.close()

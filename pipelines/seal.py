@@ -88,8 +88,11 @@ def seal_generation(
     rejected (under this `lease`, where there is one). A version that would say what the newest one
     says already is not written again.
     """
-    keys = data_keys(root, fingerprint, latest_of(root, fingerprint.digest))
+    earlier = latest_of(root, fingerprint.digest)
+    keys = data_keys(root, fingerprint, earlier)
     facts = list(map_files(Inspector(root, fingerprint.digest), keys))
+    if earlier is not None:
+        _refuse_changed_files(root, earlier, facts)
     asked = landed_ids(root, prompts)
     files, unused, kept = _choose_rows(facts, asked)
     stored = np.concatenate([ids for ids, _ in kept]) if kept else np.empty(0, np.int64)
@@ -118,6 +121,17 @@ def seal_generation(
     return commit_manifest(root, body, lease)
 
 
+def _refuse_changed_files(root: Store, earlier: Manifest, facts: Sequence[FileFacts]) -> None:
+    """A file that a version names is never written again: another content is damage."""
+    sealed = {file.key: file.sha256 for file in earlier.files}
+    for fact in facts:
+        if sealed.get(fact.key, fact.sha256) != fact.sha256:
+            raise SealError(
+                f"{root.path(fact.key)} is not what version {earlier.version} was sealed with; "
+                "move it away and run again, and its rows will be made anew"
+            )
+
+
 def _rejected_of(
     root: Store,
     fingerprint: Fingerprint,
@@ -141,7 +155,7 @@ def data_keys(root: Store, fingerprint: Fingerprint, earlier: Manifest | None = 
     """The generation's finished data files, as keys relative to the data set's root: first those
     that the `earlier` version names, then the others in name order."""
     folder = f"{fingerprint.folder}/data"
-    present = list_names(root, fingerprint, "data")
+    present = [n for n in list_names(root, fingerprint, "data") if n.endswith(".parquet")]
     ledger = set(list_names(root, fingerprint, "ledger"))
     finished = [name for name in present if f"{data_base(name)}.parquet" in ledger]
     known = [file.key for file in earlier.files] if earlier else []
@@ -167,7 +181,7 @@ class Inspector:
         path = self.root.path(key)
         raw = cast(bytes, self.root.fs.cat_file(path))
         try:
-            file = pq.ParquetFile(io.BytesIO(raw))
+            file = pq.ParquetFile(io.BytesIO(raw), page_checksum_verification=True)
             table = file.read()
             pair_ids, _, latents = pair_facts(table)
         except (pa.ArrowException, OSError, PairSchemaError) as error:

@@ -62,7 +62,8 @@ def read_columns(root: Store, file: ManifestFile, columns: Sequence[str]) -> pa.
     path = root.path(file.key)
     try:
         with root.fs.open(path, "rb") as stream:
-            table = pq.ParquetFile(stream).read(columns=list(columns))
+            parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+            table = parquet.read(columns=list(columns))
     except (pa.ArrowException, OSError) as error:
         raise PairFileError(f"{path}: cannot be read: {error}") from error
     if table.num_rows != file.rows or table.column_names != list(columns):
@@ -120,7 +121,7 @@ def _read_places(
         if verify:
             _check_content(root, path, file)
         with root.fs.open(path, "rb") as stream:
-            parquet = pq.ParquetFile(stream)
+            parquet = pq.ParquetFile(stream, page_checksum_verification=True)
             digest = fingerprint_digest(parquet.schema_arrow)
             counts = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
             if tuple(counts) != file.row_groups or digest != manifest.fingerprint_digest:

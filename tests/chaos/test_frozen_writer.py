@@ -80,6 +80,8 @@ def test_a_writer_that_thaws_at_a_named_point_spoils_nothing(begun, tmp_path, na
     assert code == 4, code
     assert "this process has lost its lease" in (folder / "set.error").read_text()
     rows = SAMPLES * len(BEFORE if back else AFTER)
+    if name == "old table's deletion" and back:  # the table is missed, and landed again
+        assert ended(start(folder, *second)) == 0
     assert assert_whole(folder / "set", rows) == newest, "the thawed writer changed the log"
     assert stored_ids(folder / "set", newest) == landed_table_ids(
         folder / "set", newest["prompts_digest"]

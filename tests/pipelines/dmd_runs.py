@@ -124,7 +124,7 @@ def seal_pairs(
 
 def _write_table(folder: Store, part: str, name: str, table: pa.Table) -> None:
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=5)
+    pq.write_table(table, buffer, row_group_size=5, write_page_checksum=True)
     write_atomic(folder.fs, folder.path(part, name), buffer.getvalue())
 
 

@@ -92,5 +92,5 @@ def land_ids(root: Store, ids: Sequence[int]) -> LandedPrompts:
 
 def _to_parquet(table: pa.Table, row_group_rows: int | None = None) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=row_group_rows)
+    pq.write_table(table, buffer, row_group_size=row_group_rows, write_page_checksum=True)
     return buffer.getvalue()

@@ -81,7 +81,7 @@ def land(root: Store, ids: Sequence[int], digest: str, size: str = "") -> None:
 
 def write_table(folder: Store, name: str, table: pa.Table, row_group_rows: int = 4) -> str:
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=row_group_rows)
+    pq.write_table(table, buffer, row_group_size=row_group_rows, write_page_checksum=True)
     path = folder.path(name)
     write_atomic(folder.fs, path, buffer.getvalue())
     return path

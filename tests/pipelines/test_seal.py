@@ -127,6 +127,14 @@ def test_sealing_the_same_pairs_again_writes_nothing(root):
     assert seal_generation(root, FINGERPRINT, land_ids(root, range(4))).version == 2
 
 
+def test_a_sealed_file_that_was_written_again_is_refused(root):
+    write_file(root, "a-0.parquet", range(5))
+    seal_generation(root, FINGERPRINT, land_ids(root, range(5)))
+    write_file(root, "a-0.parquet", range(5), row_group_rows=2)
+    with pytest.raises(SealError, match=r"a-0\.parquet is not what version 1 was sealed with"):
+        seal_generation(root, FINGERPRINT, land_ids(root, range(4)))
+
+
 def test_damaged_and_foreign_files_are_named(root):
     landed = land_ids(root, range(5))
     path = write_file(root, "a-0.parquet", range(5))
