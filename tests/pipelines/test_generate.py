@@ -17,7 +17,7 @@ from ray.data import DataContext
 from dmd_core.noise import sample_noise
 from dmd_core.teacher import teacher_revision
 from pipelines import generate
-from pipelines.batches import PairReader
+from pipelines.batches import PairFileError, PairReader
 from pipelines.config import ActorRange, PairsSection, StorageSection
 from pipelines.factory import PairOrder, fill_order
 from pipelines.lease import LeaseHeldError, newest_fence
@@ -100,6 +100,13 @@ def assert_complete(root, manifest):
     return pairs
 
 
+def flip_a_bit(path, value):
+    """In the first place where the file holds `value`."""
+    raw = Path(path).read_bytes()
+    assert value in raw
+    Path(path).write_bytes(raw.replace(value, bytes([value[0] ^ 1]) + value[1:], 1))
+
+
 def integrate_with_diffusers(folder, pairs, section):
     """The same pairs by diffusers' own pipeline call."""
     from diffusers import StableDiffusionPipeline
@@ -130,6 +137,13 @@ def test_prompts_become_a_sealed_version_that_only_ever_grows(
     assert all(file.key.rsplit("/", 1)[-1].startswith("000001_") for file in first.files)
     expected = integrate_with_diffusers(tiny_teacher_dir, pairs, SECTION)
     torch.testing.assert_close(pairs.latents.float(), expected, atol=2e-3, rtol=0)
+
+    # A flipped bit is an error of whoever reads the page, without the file's checksum.
+    damaged = open_store(str(tmp_path / "damaged"))
+    job.root.fs.cp(job.root.root, damaged.root, recursive=True)
+    flip_a_bit(damaged.path(first.files[0].key), pairs.latents[0].numpy().tobytes())
+    with pytest.raises(PairFileError, match="checksum"):
+        PairReader(damaged, first, seed=0).rows(np.arange(first.rows))
 
     # Checkpointing left on would silently filter the rows of a later training job.
     assert DataContext.get_current().checkpoint_config is None
