@@ -49,6 +49,7 @@ def regenerate(
     with (
         patch.object(generate, "_write_missing_rows", partial(write_missing_rows, fenced=fenced)),
         patch.object(generate, "_map_on_cluster", map_in_threads),
+        patch("pipelines.run_record.RunRecord._read", lambda record: (0, {})),
     ):
         return fill_order(order, _no_board, purpose="a test", keep=1)
 
