@@ -95,9 +95,9 @@ def fill_order(
     with tempfile.TemporaryDirectory(prefix="dmd-prompts-") as folder:
         landing = _Landing(order, folder)
         sealed = find_sealed(root, fingerprint.digest, landing.digest)
-        collected = keep is None or not needs_collecting(root, keep)
-        if sealed is not None and landing.is_there and collected:
-            return Outcome(sealed, made=False)
+        if sealed is not None and landing.is_there:
+            if keep is None or not needs_collecting(root, keep):
+                return Outcome(sealed, made=False)
         record = RunRecord(root, fingerprint.folder, gpus_per_actor=section.gpus_per_actor)
         with hold_lease(
             root,

@@ -187,7 +187,7 @@ def pair_facts(table: pa.Table) -> PairFacts:
     The arrays are views of the table where a column is one piece of memory.
     """
     shape, dtype = _check_table(table)
-    noise, latents = (_joined(_views(table[name], prod(shape), dtype)) for name in TENSORS)
+    noise, latents = (tensor_values(table[name], prod(shape), dtype) for name in TENSORS)
     return PairFacts(table["pair_id"].to_numpy(), noise, latents)
 
 
@@ -259,10 +259,7 @@ def _views(column: pa.ChunkedArray, elements: int, dtype: str) -> list[np.ndarra
 
 def tensor_values(column: pa.ChunkedArray, elements: int, dtype: str) -> np.ndarray:
     """(n, elements) of a tensor column: a read-only view where it is one piece of memory."""
-    return _joined(_views(column, elements, dtype))
-
-
-def _joined(views: list[np.ndarray]) -> np.ndarray:
+    views = _views(column, elements, dtype)
     return views[0] if len(views) == 1 else np.concatenate(views)
 
 

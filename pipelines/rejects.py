@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from dmd_core.files import write_atomic
+from pipelines.commits import list_files
 from pipelines.storage import Store
 
 _FOLDER = "rejects"
@@ -74,12 +75,7 @@ def _name(path: str) -> str:
 def _files(root: Store, generation: str) -> list[str]:
     """Paths of the generation's reject files, the oldest fence first."""
     folder = root.path(generation, _FOLDER)
-    try:
-        entries = root.fs.ls(folder, detail=True)
-    except FileNotFoundError:
-        return []
-    names = (_name(entry["name"]) for entry in entries if entry["type"] == "file")
-    return [f"{folder}/{name}" for name in sorted(names) if name.endswith(".jsonl")]
+    return [f"{folder}/{name}" for name in list_files(root, folder) if name.endswith(".jsonl")]
 
 
 def _parsed(line: bytes, place: str) -> tuple[int, str]:

@@ -17,7 +17,12 @@ from pipelines.bounded import map_bounded
 from pipelines.landed import landed_ids_of
 from pipelines.manifest import Manifest, ManifestFile
 from pipelines.pair_files import PairFileError, kept_mask
-from pipelines.pairs import PairSchemaError, decode_pairs, fingerprint_digest
+from pipelines.pairs import (
+    PairSchemaError,
+    decode_negative_prompts,
+    decode_pairs,
+    fingerprint_digest,
+)
 from pipelines.seal import FileFacts, Inspector, SealError
 from pipelines.storage import Store
 
@@ -142,7 +147,7 @@ def _read_places(
 
 def _stored(table: pa.Table, key: str) -> list[StoredRow]:
     batch, seeds = decode_pairs(table), table["seed"].to_pylist()
-    negatives = table["negative_prompt"].to_pylist()
+    negatives = decode_negative_prompts(table)
     return [
         StoredRow(
             pair_id=batch.pair_ids[row],

@@ -11,7 +11,7 @@ import pyarrow as pa
 from pipelines.bounded import map_bounded
 from pipelines.manifest import Manifest, ManifestFile
 from pipelines.storage import Store
-from pipelines.stored_rows import kept_places, read_columns
+from pipelines.stored_rows import kept_places, read_columns, version_ids
 
 _EXAMPLES = 5
 _HASH_BYTES = 8
@@ -107,11 +107,8 @@ def changed_fields(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[
 
 
 def _index(root: Store, manifest: Manifest) -> _Index:
-    def ids(file: ManifestFile) -> np.ndarray:
-        return read_columns(root, file, ["pair_id"])["pair_id"].to_numpy()
-
     places = [kept_places(file) for file in manifest.files]
-    found = np.concatenate(list(map_bounded(ids, manifest.files)))
+    found = version_ids(root, manifest)
     order = np.argsort(found, kind="stable")
     owner = np.repeat(np.arange(len(places)), [len(part) for part in places])
     return _Index(manifest, found[order], owner[order], np.concatenate(places)[order])
