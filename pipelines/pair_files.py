@@ -3,6 +3,7 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -72,8 +73,8 @@ class PairFiles:
         return found
 
     def _checked(self, path: str, number: int, file: ManifestFile) -> pq.ParquetFile:
-        stream = self._stream(path)
-        try:
+        with ExitStack() as closing:  # a file that is refused does not stay open
+            stream = closing.enter_context(self._stream(path))
             self._check_bytes(path, number, file, stream)
             # Reading ahead saves requests; on a local disk it only costs.
             parquet = pq.ParquetFile(
@@ -82,9 +83,7 @@ class PairFiles:
                 page_checksum_verification=True,
             )
             self._check_footer(path, file, parquet)
-        except BaseException:
-            stream.close()
-            raise
+            closing.pop_all()
         return parquet
 
     def _stream(self, path: str) -> pa.NativeFile:
