@@ -1,168 +1,243 @@
 """Station 7: training state ↔ a folder whose marker is written last.
 
-A checkpoint is `checkpoint-<step>/` with safetensors parts, `state.json`, and `MANIFEST.json`
-(size and sha256 of every file), written after everything else. No manifest: the folder does not
-exist for us. A manifest whose files do not match is an error, never "start at step 0". No pickle.
+A checkpoint is `checkpoint-<step>/` with `<part>-<rank>.safetensors`, `index.json` (which piece of
+which tensor lies where), `state.json`, and `MANIFEST.json` (size and sha256 of every file), written
+after everything else. No manifest: the folder does not exist for us. A manifest whose files do not
+match is an error, never "start at step 0". torch.distributed.checkpoint plans what each rank writes
+and reads, so that a state fits any number of ranks; the storage is ours, without pickle.
 """
 
-import hashlib
-import json
-import re
-import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import safetensors.torch
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from fsspec import AbstractFileSystem
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from dmd_core.files import join, write_atomic
+from dmd_core.checkpoint_folder import MarkedFolder
+from dmd_core.checkpoint_format import (
+    INDEX,
+    MARKER,
+    STATE,
+    CheckpointError,
+    Parts,
+    Tensors,
+    UntrustedError,
+    checkpoint_path,
+    parse_index,
+    parse_object,
+)
+from dmd_core.checkpoint_optimizer import optimizer_targets, pack_optimizer, unpack_optimizer
+from dmd_core.checkpoint_ranks import Ranks, failure_of
+from dmd_core.checkpoint_reader import FolderReader
+from dmd_core.checkpoint_saver import Checkpoint, CheckpointSaver, stage, write
+from dmd_core.checkpoint_steps import (
+    check_committed,
+    collect_orphans,
+    committed_steps,
+    discard_checkpoint,
+    prune_checkpoints,
+    remove_checkpoint,
+)
+from dmd_core.files import join
 
-MARKER = "MANIFEST.json"
-_NAME = re.compile(r"checkpoint-(\d+)")
+__all__ = [
+    "MARKER",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointSaver",
+    "Tensors",
+    "checkpoint_path",
+    "collect_orphans",
+    "committed_steps",
+    "discard_checkpoint",
+    "load_checkpoint",
+    "optimizer_targets",
+    "pack_optimizer",
+    "prune_checkpoints",
+    "read_state",
+    "remove_checkpoint",
+    "restore_checkpoint",
+    "save_checkpoint",
+    "stored_tensors",
+    "unpack_optimizer",
+]
 
-Tensors = dict[str, torch.Tensor]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that exists but cannot be trusted."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """`parts`: named groups of tensors (one safetensors file each); `state`: plain JSON."""
-
-    step: int
-    parts: dict[str, Tensors]
-    state: dict[str, Any]
-
-
-def checkpoint_path(root: str, step: int) -> str:
-    return join(root, f"checkpoint-{step:08d}")
-
-
-def save_checkpoint(fs: AbstractFileSystem, root: str, checkpoint: Checkpoint) -> str:
-    """Write the parts, then the marker; returns the checkpoint's path."""
-    target = checkpoint_path(root, checkpoint.step)
-    fs.makedirs(target, exist_ok=True)
-    files: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="dmd-checkpoint-") as folder:
-        for name, tensors in checkpoint.parts.items():
-            whole = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-            safetensors.torch.save_file(whole, Path(folder) / f"{name}.safetensors")
-        state = {"step": checkpoint.step, **checkpoint.state}
-        (Path(folder) / "state.json").write_text(json.dumps(state, indent=2))
-        for path in sorted(Path(folder).iterdir()):
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            fs.put_file(str(path), join(target, path.name))
-    write_atomic(fs, join(target, MARKER), json.dumps({"files": files}, indent=2).encode())
-    return target
+# ---------------------------------------------------------------------- saving and restoring
 
 
-def committed_steps(fs: AbstractFileSystem, root: str) -> list[int]:
-    """Steps of all checkpoints whose marker exists, oldest first."""
-    fs.invalidate_cache()
-    if not fs.exists(root):
-        return []
-    steps = []
-    for entry in fs.ls(root, detail=False):
-        match = _NAME.fullmatch(entry.rstrip("/").rsplit("/", 1)[-1])
-        if match and fs.exists(join(checkpoint_path(root, int(match[1])), MARKER)):
-            steps.append(int(match[1]))
-    return sorted(steps)
+def save_checkpoint(
+    fs: AbstractFileSystem,
+    root: str,
+    checkpoint: Checkpoint,
+    group: dist.ProcessGroup | None = None,
+    alone: bool = False,
+) -> str:
+    """Write the parts, then the marker; returns the checkpoint's path.
+
+    Every rank of `group` (default: all) calls it; `alone`: this process alone. What an older
+    checkpoint of this step left is removed first. Raises `CheckpointError` on every rank if one
+    could not write.
+    """
+    ranks = Ranks.of(group, alone)
+    return write(fs, root, stage(checkpoint, ranks, copy=False), ranks)
 
 
 def load_checkpoint(
-    fs: AbstractFileSystem, root: str, step: int | None = None
+    fs: AbstractFileSystem,
+    root: str,
+    step: int | None = None,
+    only: Collection[str] | None = None,
 ) -> Checkpoint | None:
-    """The checkpoint of `step` (default: the newest one), verified. None: there is none yet."""
+    """The checkpoint of `step` (default: the newest one), verified, with whole tensors on the CPU.
+    None: there is none yet. This process reads alone. `only`: names of the parts to read; those
+    that it lacks are left out."""
     steps = committed_steps(fs, root)
     if step is None and not steps:
         return None
     chosen = steps[-1] if step is None else step
-    if chosen not in steps:
-        raise CheckpointError(
-            f"{root} has no checkpoint of step {chosen}; it has {steps or 'none'}"
-        )
-    return _read(fs, checkpoint_path(root, chosen), chosen, older=[s for s in steps if s < chosen])
+    check_committed(fs, root, chosen)
+    with _way_on(fs, root, chosen):
+        folder, stored, state = _open(fs, root, chosen)
+        wanted = {part: stored[part] for part in stored if only is None or part in only}
+        # Before memory is set aside for what an index claims.
+        folder.check_sizes({c.file for t in wanted.values() for e in t.values() for c in e.chunks})
+        parts = {
+            part: {name: torch.empty(t.size, dtype=t.dtype) for name, t in tensors.items()}
+            for part, tensors in wanted.items()
+        }
+        _read_into(folder, wanted, parts, Ranks.of(None, alone=True))
+    return Checkpoint(chosen, parts, state)
+
+
+def restore_checkpoint(
+    fs: AbstractFileSystem,
+    root: str,
+    step: int,
+    parts: Mapping[str, Mapping[str, torch.Tensor]],
+    group: dist.ProcessGroup | None = None,
+    alone: bool = False,
+) -> dict[str, Any]:
+    """Read the checkpoint of `step` into the tensors of `parts`; returns its state.
+
+    Every rank of `group` (default: all) calls it with the same names; tensors may be sharded in
+    another way than those that were saved. Each part must have the names, sizes and types that are
+    stored; other stored parts are not read. Each rank fetches and verifies the files that it needs.
+    """
+    ranks = Ranks.of(group, alone)
+    with _way_on(fs, root, step):
+        folder, stored, state = _open_together(fs, root, step, ranks)
+        for part, tensors in parts.items():
+            _check_targets(folder.path, part, stored, tensors)
+        _read_into(folder, {part: stored[part] for part in parts}, parts, ranks)
+    return state
+
+
+def stored_tensors(
+    fs: AbstractFileSystem, root: str, step: int
+) -> dict[str, dict[str, torch.Size]]:
+    """The sizes of all tensors of a checkpoint, by part and name."""
+    check_committed(fs, root, step)
+    with _way_on(fs, root, step):
+        _, stored, _ = _open(fs, root, step)
+    return {
+        part: {name: tensor.size for name, tensor in tensors.items()}
+        for part, tensors in stored.items()
+    }
 
 
 def read_state(fs: AbstractFileSystem, root: str, step: int) -> dict[str, Any]:
     """`state` alone of a committed checkpoint, without its tensors."""
-    path = join(checkpoint_path(root, step), "state.json")
+    with _way_on(fs, root, step):
+        return _state(MarkedFolder.open(fs, checkpoint_path(root, step)))
+
+
+# ---------------------------------------------------------------------- reading, step by step
+
+
+@contextmanager
+def _way_on(fs: AbstractFileSystem, root: str, step: int) -> Iterator[None]:
+    """Say with what cannot be trusted how to go on without it."""
     try:
-        return json.loads(fs.cat_file(path))
-    except (ValueError, FileNotFoundError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        yield
+    except UntrustedError as error:
+        older = [other for other in committed_steps(fs, root) if other < step]
+        way = (
+            f"run again with --from previous to go on from step {older[-1]}"
+            if older
+            else f"there is no older one; to start afresh, move {checkpoint_path(root, step)} away"
+        )
+        raise CheckpointError(f"{error}. Checkpoint of step {step}: {way}") from error
 
 
-def prune_checkpoints(fs: AbstractFileSystem, root: str, keep: int) -> None:
-    """Keep the newest `keep`. The marker goes first, so that no half one is believed."""
-    for step in committed_steps(fs, root)[:-keep]:
-        path = checkpoint_path(root, step)
-        fs.rm_file(join(path, MARKER))
-        fs.rm(path, recursive=True)
+def _open(
+    fs: AbstractFileSystem, root: str, step: int
+) -> tuple[MarkedFolder, Parts, dict[str, Any]]:
+    folder = MarkedFolder.open(fs, checkpoint_path(root, step))
+    stored = parse_index(folder.read(INDEX), join(folder.path, INDEX), folder.files)
+    return folder, stored, _state(folder)
 
 
-def _read(fs: AbstractFileSystem, path: str, step: int, older: list[int]) -> Checkpoint:
-    hint = (
-        f"To go on from step {older[-1]} instead, move {path} away."
-        if older
-        else f"There is no older checkpoint; to start afresh, move {path} away."
-    )
+def _open_together(
+    fs: AbstractFileSystem, root: str, step: int, ranks: Ranks
+) -> tuple[MarkedFolder, Parts, dict[str, Any]]:
+    """What the coordinator reads: the others see the same marker, and one that fails, too."""
+
+    def read() -> tuple[dict[str, Any], Parts, dict[str, Any]]:
+        check_committed(fs, root, step)
+        folder, stored, state = _open(fs, root, step)
+        return dict(folder.files), stored, state
+
+    files, stored, state = ranks.share(read)
+    return MarkedFolder(fs, checkpoint_path(root, step), files), stored, state
+
+
+def _state(folder: MarkedFolder) -> dict[str, Any]:
+    return parse_object(folder.read(STATE), join(folder.path, STATE))
+
+
+def _check_targets(
+    path: str, part: str, stored: Parts, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    if part not in stored:
+        raise CheckpointError(f"{path} has no part {part}; it has {', '.join(sorted(stored))}")
+    odd = sorted(stored[part].keys() ^ tensors.keys())
+    if odd:
+        raise CheckpointError(
+            f"{path}: {part} has {len(stored[part])} tensors, expected {len(tensors)}; in one of "
+            f"the two only: {', '.join(odd[:5])}{', …' if len(odd) > 5 else ''}"
+        )
+    for name, tensor in tensors.items():
+        found = stored[part][name]
+        if found.size != tensor.size() or found.dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{path}: {part}/{name} is {found.dtype} {list(found.size)}, expected "
+                f"{tensor.dtype} {list(tensor.size())}"
+            )
+
+
+def _read_into(
+    folder: MarkedFolder,
+    stored: Parts,
+    parts: Mapping[str, Mapping[str, torch.Tensor]],
+    ranks: Ranks,
+) -> None:
+    reader = FolderReader(folder, stored)
+    flat = {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
     try:
-        files = json.loads(fs.cat_file(join(path, MARKER)))["files"]
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}/{MARKER} is not a checkpoint manifest. {hint}") from error
-    parts: dict[str, Tensors] = {}
-    state: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="dmd-checkpoint-") as folder:
-        for name, expected in files.items():
-            if "/" in name or name.startswith("."):
-                raise CheckpointError(f"{path}/{MARKER} names {name!r}, outside its folder. {hint}")
-            local = Path(folder) / name
-            try:
-                fs.get_file(join(path, name), str(local))
-            except FileNotFoundError as error:
-                raise CheckpointError(f"{path}/{name} is missing. {hint}") from error
-            if local.stat().st_size != expected["bytes"] or _sha256(local) != expected["sha256"]:
-                raise CheckpointError(
-                    f"{path}/{name} does not match its checksum "
-                    f"(expected {expected['bytes']} bytes, sha256 {expected['sha256'][:12]}…; "
-                    f"found {local.stat().st_size} bytes). {hint}"
-                )
-            if name.endswith(".safetensors"):
-                parts[name.removesuffix(".safetensors")] = safetensors.torch.load_file(local)
-            else:
-                state = json.loads(local.read_text())
-    return Checkpoint(step, parts, state)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> Tensors:
-    """The optimizer's per-parameter state as a flat dict "<index>.<key>" → tensor."""
-    packed = {}
-    for index, entry in optimizer.state_dict()["state"].items():
-        for key, value in entry.items():
-            packed[f"{index}.{key}"] = torch.as_tensor(value)
-    return packed
-
-
-def unpack_optimizer(optimizer: torch.optim.Optimizer, packed: Mapping[str, torch.Tensor]) -> None:
-    """Inverse of `pack_optimizer`; hyperparameters stay those of `optimizer` (the recipe's)."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in packed.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
-    if state and sorted(state) != list(range(count)):
-        raise CheckpointError(f"optimizer state is for {len(state)} parameters, expected {count}")
-    optimizer.load_state_dict(
-        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+        dcp.load(
+            flat,
+            storage_reader=reader,
+            planner=DefaultLoadPlanner(flatten_state_dict=False),
+            process_group=ranks.group,
+            no_dist=not ranks.together,
+        )
+    except CheckpointException as error:
+        failure = failure_of(error)
+        if isinstance(failure, OSError) and reader.failure is not None:
+            raise reader.failure from None
+        raise failure from error

@@ -19,19 +19,25 @@ class DivergedError(RuntimeError):
     """Training that has left the finite numbers for good."""
 
 
+Number = torch.Tensor | float
+
+
 @dataclass
 class Tally:
-    """Sums and counts by name, so that workers and steps of any size add up to true means."""
+    """Sums and counts by name, so that workers and steps of any size add up to true means.
 
-    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    Scalar tensors stay on their device until they are asked for: to read one is to wait for it.
+    """
 
-    def add(self, name: str, total: float, count: float) -> None:
+    sums: dict[str, tuple[Number, Number]] = field(default_factory=dict)
+
+    def add(self, name: str, total: Number, count: Number) -> None:
         before = self.sums.get(name, (0.0, 0.0))
         self.sums[name] = (before[0] + total, before[1] + count)
 
     def add_mean(self, name: str, values: torch.Tensor) -> None:
         """`values` (B,): one per sample."""
-        self.add(name, float(values.detach().sum()), float(len(values)))
+        self.add(name, _sum(values), float(len(values)))
 
     def add_bins(
         self, name: str, values: torch.Tensor, t: torch.Tensor, schedule: Schedule
@@ -42,27 +48,48 @@ class Tally:
         """
         quarter = t * TIME_BINS // schedule.num_timesteps
         for index in range(TIME_BINS):
-            inside = values.detach()[quarter == index]
-            self.add(f"{name}{index}", float(inside.sum()), float(len(inside)))
+            inside = quarter == index
+            self.add(f"{name}{index}", _sum(torch.where(inside, values, 0.0)), _sum(inside))
 
     def merge(self, other: "Tally") -> None:
         for name, (total, count) in other.sums.items():
             self.add(name, total, count)
 
+    def stacked(self, device: torch.device) -> torch.Tensor:
+        """(names, 2) float64: totals and counts, names in alphabetical order. Its sum over workers
+        is what `means_of` takes."""
+        rows = [self.sums[name] for name in sorted(self.sums)]
+        numbers = [torch.as_tensor(n, dtype=torch.float64, device=device) for r in rows for n in r]
+        return torch.stack(numbers).view(-1, 2) if numbers else torch.zeros(0, 2)
+
     def means(self) -> dict[str, float]:
+        return self.means_of(self.stacked(self._device()))
+
+    def means_of(self, stacked: torch.Tensor) -> dict[str, float]:
         """Every mean, and the ratio of the two losses' gradients at the output."""
-        means = {name: total / count for name, (total, count) in self.sums.items() if count}
+        totals = zip(sorted(self.sums), stacked.tolist(), strict=True)
+        means = {name: total / count for name, (total, count) in totals if count}
         if means.get("grad_at_x_dm", 0.0) > 0 and "grad_at_x_reg" in means:
             means["grad_ratio_reg_dm"] = means["grad_at_x_reg"] / means["grad_at_x_dm"]
         return means
+
+    def _device(self) -> torch.device:
+        """Where the tensors are."""
+        numbers = (number for pair in self.sums.values() for number in pair)
+        found = (number.device for number in numbers if isinstance(number, torch.Tensor))
+        return next(found, torch.device("cpu"))
 
 
 def sample_health(result: GeneratorStep, tally: Tally) -> None:
     """Mean and spread of the generated samples, each loss's gradient norm at the output, entries
     that were not finite; all per sample."""
     x = result.x
-    tally.add("sample_mean", float(x.mean(dim=(1, 2, 3)).sum()), len(x))
-    tally.add("sample_std", float(x.flatten(1).std(dim=1).sum()), len(x))
+    tally.add_mean("sample_mean", x.mean(dim=(1, 2, 3)))
+    tally.add_mean("sample_std", x.flatten(1).std(dim=1))
     for name, norms in result.output_norms.items():
         tally.add_mean(f"grad_at_x_{name}", norms)
-    tally.add("nonfinite_entries", float(result.non_finite), len(x))
+    tally.add("nonfinite_entries", result.non_finite, float(len(x)))
+
+
+def _sum(values: torch.Tensor) -> torch.Tensor:
+    return values.detach().sum(dtype=torch.float64)

@@ -3,6 +3,7 @@
 peft is an optional dependency: extra "lora".
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from dmd_core.noise import stable_seed
 
 # Attention projections, as DMD2's LoRA run and most adapters for Stable Diffusion have them.
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -44,7 +47,8 @@ def check_lora(modules: Iterable[str], settings: LoraSettings) -> None:
 
 
 def add_lora(unet: nn.Module, settings: LoraSettings, seed: int) -> None:
-    """Freeze `unet` and add fresh adapters (B = 0: nothing changes yet), drawn from `seed`."""
+    """Freeze `unet` and add fresh adapters (B = 0: nothing changes yet), drawn from `seed`. On the
+    meta device they have no values yet; `adapter_start` has them."""
     check_lora([name for name, _ in unet.named_modules()], settings)
     from peft import LoraConfig
 
@@ -52,12 +56,22 @@ def add_lora(unet: nn.Module, settings: LoraSettings, seed: int) -> None:
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets)
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        unet.add_adapter(config)  # type: ignore[operator]
-    for parameter in unet.parameters():  # trained weights in float32 whatever the base is in
-        if parameter.requires_grad:
+    unet.add_adapter(config)  # type: ignore[operator]
+    for name, parameter in unet.named_parameters():
+        if parameter.requires_grad:  # in float32 whatever the base is in
             parameter.data = parameter.data.float()
+            if not parameter.is_meta:
+                parameter.data.copy_(adapter_start(name, tuple(parameter.shape), seed))
+
+
+def adapter_start(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """The first value of one adapter weight, keyed by its name: A uniform in ±1/√fan_in (peft's
+    own start), B zero."""
+    if ".lora_A." not in f".{name}":
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(stable_seed(seed, name))
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    return (2 * torch.rand(shape, generator=generator) - 1) * bound
 
 
 def fuse_lora(unet: nn.Module) -> None:

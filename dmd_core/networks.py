@@ -5,31 +5,30 @@ One `DmdNetworks` per worker; `trainer.py` trains them.
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from dmd_core.checkpoint import CheckpointError, Tensors, pack_optimizer, unpack_optimizer
+from dmd_core.checkpoint import (
+    CheckpointError,
+    Tensors,
+    optimizer_targets,
+    pack_optimizer,
+    unpack_optimizer,
+)
 from dmd_core.denoiser import DiffusersNetwork, NetworkDenoiser
 from dmd_core.ema import Ema
 from dmd_core.fake_score import DiscriminatorHead, FakeScore, FakeScoreNetwork
-from dmd_core.lora import LoraSettings, add_lora
+from dmd_core.lora import LoraSettings, adapter_start, add_lora
 from dmd_core.noise import stable_seed
+from dmd_core.parallel import Parallel, World, fill, on_meta, replicate, shard
 from dmd_core.precision import PrecisionPolicy
 from dmd_core.student import Student
 from dmd_core.teacher import Teacher
-
-
-@dataclass(frozen=True)
-class World:
-    """This worker among all: gradients are averaged over `size` workers."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class TrainerSettings:
 
     seed: int = 0
     timesteps: tuple[int, ...] | None = None
+    parallel: Parallel = field(default_factory=Parallel)
     precision: PrecisionPolicy = field(default_factory=PrecisionPolicy)
     lora: LoraSettings | None = None
     discriminator: bool = False
@@ -50,8 +50,11 @@ class TrainerSettings:
 
 class DmdNetworks:
     """G and F start as the teacher. `student_trained` and `fake_trained` synchronise gradients
-    over workers; `fake_frozen` is the same F outside DDP, for use without gradients.
-    `latent_shape` (C,h,w) of the samples, where it is not the teacher's own."""
+    over workers; `student` and `fake_frozen` are the same networks outside DDP.
+    `latent_shape` (C,h,w) of the samples, where it is not the teacher's own.
+
+    With a sharded network every call of it, and of `parts` and `averaged`, is one of all workers.
+    """
 
     def __init__(
         self,
@@ -62,62 +65,107 @@ class DmdNetworks:
     ) -> None:
         self.settings, self.world, self.teacher = settings, world, teacher
         schedule, compute = teacher.schedule, settings.precision.compute
-        unet = teacher.pipeline.unet
         self.timesteps = settings.timesteps or (schedule.num_timesteps - 1,)
-
-        self.generator = copy.deepcopy(unet).train().requires_grad_(True)
-        if settings.lora is not None:
-            add_lora(self.generator, settings.lora, stable_seed(settings.seed, "lora"))
-        self.student_trained = self._student_of(self._parallel(DiffusersNetwork(self.generator)))
-
-        self.fake = copy.deepcopy(unet).train().requires_grad_(True)
         shape = latent_shape or teacher.latent_shape()
+
+        self.generator = self._copy_of_teacher(settings.parallel.generator, settings.lora)
+        student = DiffusersNetwork(self.generator)
+        self.fake = self._copy_of_teacher(settings.parallel.fake)
         self.head = self._make_head(min(shape[1:])) if settings.discriminator else None
         fake = FakeScoreNetwork(DiffusersNetwork(self.fake), self.fake.mid_block, self.head)
-        fake.to(world.device)
-        self.fake_trained = FakeScore(
-            self._parallel(fake, unused=self.head is not None), schedule, compute
-        )
+        self.trained = {
+            "generator": self._placed(student, settings.parallel.generator),
+            "fake": self._placed(fake, settings.parallel.fake, unused=self.head is not None),
+        }
+        self._place_teacher()
+        self.student_trained = self._student_of(self.trained["generator"])
+        self.student = self._student_of(student)
+        self.fake_trained = FakeScore(self.trained["fake"], schedule, compute)
         self.fake_frozen = FakeScore(fake, schedule, compute)
 
-        self.optimizers = {name: self._adamw(p) for name, p in self.parameters().items()}
+        self.optimizers = {
+            name: self._adamw(list(named.values())) for name, named in self._named().items()
+        }
         halflife = settings.ema_halflife_samples
         self.ema = Ema(self.weights, halflife) if halflife else None
 
+    @property
+    def sharded(self) -> bool:
+        """Must all workers call the student together?"""
+        parallel = self.settings.parallel
+        return parallel.generator == "fsdp" or parallel.teacher != "replicated"
+
     def parameters(self) -> dict[str, list[nn.Parameter]]:
         """What each optimizer trains."""
-        parameters = {
-            "generator": list(self.weights.values()),
-            "fake": list(self.fake.parameters()),
-        }
-        if self.head is not None:
-            parameters["head"] = list(self.head.parameters())
-        return parameters
+        return {name: list(named.values()) for name, named in self._named().items()}
 
-    # ------------------------------------------------------------------ the student, to look at
+    def _named(self) -> dict[str, dict[str, nn.Parameter]]:
+        named = {"generator": self.weights, "fake": dict(self.fake.named_parameters())}
+        if self.head is not None:
+            named["head"] = dict(self.head.named_parameters())
+        return named
 
     @property
     def weights(self) -> dict[str, nn.Parameter]:
         """The generator's trained weights by name: all of them, or the adapters alone."""
         return {n: p for n, p in self.generator.named_parameters() if p.requires_grad}
 
-    def student(self, *, averaged: bool = True) -> Student:
-        """The student outside DDP, so that one worker may sample alone; with the averaged weights
-        where there are any (a copy)."""
-        network = self.generator
-        if averaged and self.ema is not None:
-            network = copy.deepcopy(network)
-            network.load_state_dict(self.ema.average, strict=False)
-        return self._student_of(DiffusersNetwork(network))
-
-    def _student_of(self, network: nn.Module) -> Student:
-        compute = self.settings.precision.compute
-        return Student(NetworkDenoiser(network, self.teacher.schedule, compute), self.timesteps)
+    @contextmanager
+    def averaged(self) -> Iterator[Student]:
+        """The student as it would be exported, until the block ends: with the averaged weights,
+        where there are any."""
+        if self.ema is None:
+            yield self.student
+            return
+        weights = self.weights
+        trained = {name: weight.detach().clone() for name, weight in weights.items()}
+        _copy(self.ema.average, weights)
+        try:
+            yield self.student
+        finally:
+            _copy(trained, weights)
 
     # ------------------------------------------------------------------ state
 
     def parts(self) -> dict[str, Tensors]:
-        """All tensors of the state, by part; the inverse of `load`."""
+        """All tensors of the state, by part; sharded ones as they are."""
+        parts = self._weights_by_part()
+        for name, named in self._named().items():
+            packed = pack_optimizer(self.optimizers[name], list(named))
+            if packed:  # a head that no stage has trained yet has none
+                parts[f"{name}_optimizer"] = packed
+        return parts
+
+    def targets(self, stored: Mapping[str, Mapping[str, torch.Size]]) -> dict[str, Tensors]:
+        """What a checkpoint that holds `stored` is read into, before `load`: the live weights, and
+        room for the optimizers' state. Raises `CheckpointError` if it is not of such networks."""
+        ours = self._weights_by_part()
+        optimizers = {f"{name}_optimizer": name for name in self.optimizers}
+        needed = (ours.keys() | optimizers.keys()) - {"head_optimizer"}  # may be untrained yet
+        if not needed <= stored.keys() <= ours.keys() | optimizers.keys():
+            raise CheckpointError(
+                f"the checkpoint holds {', '.join(sorted(stored))}; expected "
+                f"{', '.join(sorted(needed))} (was the run started with other settings?)"
+            )
+        for part, tensors in ours.items():
+            sizes = {name: tensor.shape for name, tensor in tensors.items()}
+            if sizes != dict(stored[part]):
+                raise CheckpointError(f"the checkpoint's {part} has other weights than this run's")
+        named = self._named()
+        for part in stored.keys() & optimizers.keys():
+            name = optimizers[part]
+            ours[part] = optimizer_targets(self.optimizers[name], stored[part], list(named[name]))
+        return ours
+
+    def load(self, parts: Mapping[str, Tensors]) -> None:
+        """Take the state from `targets` that were read into, or from equal `parts`."""
+        for part, tensors in self._weights_by_part().items():
+            _copy(parts[part], tensors)
+        for name, named in self._named().items():
+            packed = parts.get(f"{name}_optimizer", {})
+            unpack_optimizer(self.optimizers[name], packed, list(named))
+
+    def _weights_by_part(self) -> dict[str, Tensors]:
         parts: dict[str, Tensors] = {
             "generator": {name: p.detach() for name, p in self.weights.items()},
             "fake": dict(self.fake.state_dict()),
@@ -126,35 +174,58 @@ class DmdNetworks:
             parts["head"] = dict(self.head.state_dict())
         if self.ema is not None:
             parts["ema"] = self.ema.average
-        for name, optimizer in self.optimizers.items():
-            packed = pack_optimizer(optimizer)
-            if packed:  # a head that no stage has trained yet has none
-                parts[f"{name}_optimizer"] = packed
         return parts
 
-    def load(self, parts: Mapping[str, Tensors]) -> None:
-        stored, ours = set(parts), set(self.parts()) | {f"{n}_optimizer" for n in self.optimizers}
-        needed = ours - {"head_optimizer"}  # no stage may have trained the head yet
-        if not needed <= stored <= ours:
-            raise CheckpointError(
-                f"the checkpoint holds {', '.join(sorted(stored))}; expected "
-                f"{', '.join(sorted(ours))} (was the run started with other settings?)"
-            )
-        weights = self.weights
-        if parts["generator"].keys() != weights.keys():
-            raise CheckpointError("the checkpoint's generator has other weights than this student")
-        with torch.no_grad():
-            for name, value in parts["generator"].items():
-                weights[name].copy_(value)
-        self.fake.load_state_dict(parts["fake"])
-        if self.head is not None:
-            self.head.load_state_dict(parts["head"])
-        if self.ema is not None:
-            self.ema.load(parts["ema"])
-        for name, optimizer in self.optimizers.items():
-            unpack_optimizer(optimizer, parts.get(f"{name}_optimizer", {}))
-
     # ------------------------------------------------------------------ building
+
+    def _copy_of_teacher(self, strategy: str, lora: LoraSettings | None = None) -> Any:
+        """A network to train, with the teacher's weights; one to be sharded has no memory yet."""
+        unet = self.teacher.pipeline.unet
+        network: Any = on_meta(unet) if strategy == "fsdp" else copy.deepcopy(unet)
+        network.train().requires_grad_(True)
+        if lora is not None:
+            add_lora(network, lora, self._lora_seed)
+        if self.settings.parallel.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        return network
+
+    def _placed(self, network: nn.Module, strategy: str, *, unused: bool = False) -> nn.Module:
+        if strategy == "ddp":
+            return replicate(network.to(self.world.device), self.world, unused=unused)
+        start = self._start_of(network)
+        shard(network, self.world)
+        fill(network, self.world.device, start.__getitem__)
+        return network
+
+    def _start_of(self, network: nn.Module) -> Tensors:
+        """The weights a network from the meta device starts with, by their names in it."""
+        unet = self.teacher.pipeline.unet
+        ours = {**dict(unet.named_parameters()), **dict(unet.named_buffers())}
+        head = {} if self.head is None else self.head.state_dict()
+        start: Tensors = {}
+        for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+            if name.startswith("head."):
+                start[name] = head[name.removeprefix("head.")]
+                continue
+            own = name.removeprefix("network.").removeprefix("unet.")
+            teachers = own.replace(".base_layer.", ".")
+            start[name] = (
+                ours[teachers].detach()
+                if teachers in ours
+                else adapter_start(own, tuple(tensor.shape), self._lora_seed)
+            )
+        return start
+
+    def _place_teacher(self) -> None:
+        placement, unet = self.settings.parallel.teacher, self.teacher.pipeline.unet
+        if placement == "replicated":
+            unet.to(self.world.device)
+        else:
+            shard(unet, self.world, offload=placement == "offload")
+
+    @property
+    def _lora_seed(self) -> int:
+        return stable_seed(self.settings.seed, "lora")
 
     def _make_head(self, side: int) -> DiscriminatorHead:
         """For samples whose shorter side is `side`: every level but the last halves it."""
@@ -170,8 +241,12 @@ class DmdNetworks:
             parameters, lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay
         )
 
-    def _parallel(self, network: nn.Module, *, unused: bool = False) -> nn.Module:
-        if self.world.size == 1:
-            return network
-        devices = [self.world.device] if self.world.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=devices, find_unused_parameters=unused)
+    def _student_of(self, network: nn.Module) -> Student:
+        compute = self.settings.precision.compute
+        return Student(NetworkDenoiser(network, self.teacher.schedule, compute), self.timesteps)
+
+
+@torch.no_grad()
+def _copy(source: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -> None:
+    for name, target in into.items():
+        target.copy_(source[name])

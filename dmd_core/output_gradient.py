@@ -23,8 +23,8 @@ class Term:
         return finite(self.gradient).flatten(1).norm(dim=1)
 
     @property
-    def non_finite(self) -> int:
-        return int((~self.gradient.isfinite()).sum())
+    def non_finite(self) -> torch.Tensor:
+        return (~self.gradient.isfinite()).sum()
 
 
 def differentiate(loss: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Term:

@@ -47,6 +47,23 @@ class StepNoise:
     eps_gan: torch.Tensor | None = None
     u_gan: torch.Tensor | None = None
 
+    def rows(self, fresh: slice, paired: slice) -> "StepNoise":
+        """Those of some of the fresh samples and some of the pairs; what is empty stays empty."""
+        count = len(self.z[0])
+
+        def part(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.cat([tensor[:count][fresh], tensor[count:][paired]])
+
+        return StepNoise(
+            z=tuple(z[fresh] for z in self.z),
+            eps_dm=part(self.eps_dm),
+            u_dm=part(self.u_dm),
+            eps_fake=part(self.eps_fake),
+            u_fake=part(self.u_fake),
+            eps_gan=None if self.eps_gan is None else self.eps_gan[fresh],
+            u_gan=None if self.u_gan is None else self.u_gan[fresh],
+        )
+
 
 @dataclass(frozen=True)
 class PairedPart:
@@ -55,6 +72,9 @@ class PairedPart:
     eps: torch.Tensor
     y: torch.Tensor
     cond: Condition
+
+    def rows(self, rows: slice) -> "PairedPart":
+        return PairedPart(self.eps[rows], self.y[rows], self.cond.rows(rows))
 
 
 @dataclass(frozen=True)
@@ -73,7 +93,7 @@ class GeneratorStep:
     x: torch.Tensor
     cond: Condition
     output_norms: dict[str, torch.Tensor]
-    non_finite: int
+    non_finite: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -91,6 +111,66 @@ class Pictures:
     eps_x: torch.Tensor
     u_x: torch.Tensor
     eps_r1: torch.Tensor | None = None
+
+    def rows(self, rows: slice) -> "Pictures":
+        return Pictures(
+            x=self.x[rows],
+            cond=self.cond.rows(rows),
+            eps=self.eps[rows],
+            u=self.u[rows],
+            eps_x=self.eps_x[rows],
+            u_x=self.u_x[rows],
+            eps_r1=None if self.eps_r1 is None else self.eps_r1[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """Conditions and fresh noise of this worker's part of one global batch; `pictures` for the
+    discriminator, in as many rows; `student_step`: which of the student's steps makes x."""
+
+    cond: Condition
+    noise: StepNoise
+    pictures: Pictures | None = None
+    student_step: int = 0
+
+    def rows(self, fresh: slice, paired: slice) -> "Unpaired":
+        pictures = self.pictures if fresh.stop > fresh.start else None
+        pictures = None if pictures is None else pictures.rows(fresh)
+        cond, noise = self.cond.rows(fresh), self.noise.rows(fresh, paired)
+        return Unpaired(cond, noise, pictures, self.student_step)
+
+
+@dataclass(frozen=True)
+class StepData:
+    """One iteration: the first of `unpaired` serves the generator and the first fake update, the
+    others one more fake update each."""
+
+    unpaired: tuple[Unpaired, ...]
+    paired: PairedPart | None
+
+    def pieces(self, fresh: int, paired: int) -> "tuple[StepData, ...]":
+        """Cut for gradient accumulation: the fresh samples into `fresh` pieces and the pairs into
+        `paired`, whose sizes differ by one at most. The last pieces have some of both."""
+        count = max(fresh, paired)
+        rows = len(self.unpaired[0].noise.z[0])
+        pair_rows = 0 if self.paired is None else len(self.paired.eps)
+        return tuple(
+            self._piece(_cut(rows, fresh, count, index), _cut(pair_rows, paired, count, index))
+            for index in range(count)
+        )
+
+    def _piece(self, fresh: slice, pairs: slice) -> "StepData":
+        paired = self.paired.rows(pairs) if self.paired and pairs.stop > pairs.start else None
+        return StepData(tuple(part.rows(fresh, pairs) for part in self.unpaired), paired)
+
+
+def _cut(rows: int, pieces: int, count: int, index: int) -> slice:
+    """The rows of piece `index` of `count`, where only the last `pieces` have any."""
+    place = index - (count - pieces)
+    if place < 0:
+        return slice(0, 0)
+    return slice(rows * place // pieces, rows * (place + 1) // pieces)
 
 
 @dataclass(frozen=True)

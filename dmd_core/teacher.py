@@ -143,8 +143,13 @@ def _check_tokens(prompts: Sequence[str], ids: torch.Tensor, known: int) -> None
             )
 
 
-def load_teacher(path: str, *, device: str | torch.device = "cpu") -> Teacher:
-    """Load a local pipeline folder; raises `TeacherError` that names what is missing."""
+def load_teacher(
+    path: str, *, device: str | torch.device = "cpu", network_device: str | torch.device = ""
+) -> Teacher:
+    """Load a local pipeline folder; raises `TeacherError` that names what is missing.
+
+    `network_device`: where the UNet lies, if not on `device` (one that is to be sharded).
+    """
     check_teacher(path)
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
@@ -160,7 +165,9 @@ def load_teacher(path: str, *, device: str | torch.device = "cpu") -> Teacher:
     except OSError as error:
         raise TeacherError(f"teacher {path} cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
+    for part in (pipeline.vae, pipeline.text_encoder):
+        part.to(device)
+    pipeline.unet.to(network_device or device)
     for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
         part.eval().requires_grad_(False)
     pipeline.unet.to(memory_format=torch.channels_last)

@@ -64,14 +64,14 @@ def generator_step(
         x_dm, cond_dm = torch.cat([x, x_ref]), Condition.cat(cond, paired.cond)
 
     terms: dict[str, Term] = {}
-    if settings.dm > 0:
+    if settings.dm > 0 and len(x_dm):
         g = _matching_gradient(real, fake, x_dm.detach(), cond_dm, noise, settings)
         loss = distribution_matching_loss(x_dm, finite(g))
         terms["dm"] = Term(loss, g / x.shape[1:].numel())
     if settings.reg > 0 and paired is not None:
         measure = distance or regression_distance(settings.regression)
         terms["reg"] = differentiate(lambda out: measure(out, paired.y), x_ref)
-    if settings.gan > 0:
+    if settings.gan > 0 and len(x):
         if discriminator is None or noise.eps_gan is None or noise.u_gan is None:
             raise ValueError("a GAN weight above 0 needs a discriminator and its noise")
         t_gan = draw_times(noise.u_gan, real.schedule)
@@ -92,7 +92,7 @@ def generator_step(
         x=x_dm.detach(),
         cond=cond_dm,
         output_norms={name: term.norms for name, term in terms.items()},
-        non_finite=sum(term.non_finite for term in terms.values()),
+        non_finite=sum((term.non_finite for term in terms.values()), x.new_zeros(())),
     )
 
 
@@ -156,7 +156,7 @@ def _student_outputs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x from fresh noise and x_ref from the stored noise, in one forward pass, so that DDP
     synchronises once."""
-    x_t = student.rollout(noise.z, cond, step)
+    x_t = student.rollout(noise.z, cond, step) if len(noise.z[0]) else noise.z[0]
     if paired is None:
         return student.predict(x_t, step, cond), x_t[:0]
     t = torch.cat([student.times(step, x_t), student.times(0, paired.eps)])

@@ -5,7 +5,9 @@ batch with its random numbers.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,15 +17,12 @@ from dmd_core.denoiser import GuidedDenoiser
 from dmd_core.health import DivergedError, Tally, sample_health
 from dmd_core.losses import Distance
 from dmd_core.networks import DmdNetworks
-from dmd_core.train_step import (
-    GeneratorStep,
-    LossSettings,
-    PairedPart,
-    Pictures,
-    StepNoise,
-    fake_score_step,
-    generator_step,
-)
+from dmd_core.parallel import accumulating, whole
+from dmd_core.step_types import GeneratorStep, LossSettings, StepData, Unpaired
+from dmd_core.train_step import fake_score_step, generator_step
+
+# The student's output x, detached, and its condition: what a fake-score update trains on.
+Samples = tuple[torch.Tensor, Condition]
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,8 @@ class StageSettings:
     """What a stage may change. Batches are global: the losses are means over them.
 
     `gan_fake`, `r1`: weights of the discriminator's loss and penalty in the fake score's updates.
+    `micro_batch_size`: most samples of each batch in one forward and backward pass of a worker;
+    the rest is accumulated. None: the worker's whole part at once.
     """
 
     losses: LossSettings
@@ -42,26 +43,7 @@ class StageSettings:
     gan_fake: float = 0.0
     r1: float = 0.0
     distance: Distance | None = None
-
-
-@dataclass(frozen=True)
-class Unpaired:
-    """Conditions and fresh noise of this worker's part of one global batch; `pictures` for the
-    discriminator, in as many rows; `student_step`: which of the student's steps makes x."""
-
-    cond: Condition
-    noise: StepNoise
-    pictures: Pictures | None = None
-    student_step: int = 0
-
-
-@dataclass(frozen=True)
-class StepData:
-    """One iteration: the first of `unpaired` serves the generator and the first fake update, the
-    others one more fake update each."""
-
-    unpaired: tuple[Unpaired, ...]
-    paired: PairedPart | None
+    micro_batch_size: int | None = None
 
 
 class DmdTrainer:
@@ -85,31 +67,48 @@ class DmdTrainer:
     def step(self, data: StepData, lr_factor: float = 1.0) -> Tally:
         """One generator update, then a fake-score update for each of `data.unpaired` (DMD2's two
         time scales); what happened, as sums."""
-        nets, stage, tally = self.networks, self._stage, Tally()
-        first = data.unpaired[0]
-        result = generator_step(
-            nets.student_trained, self._real, nets.fake_frozen, first.noise, first.cond,
-            data.paired, stage.losses, step=first.student_step, distance=stage.distance,
-            discriminator=nets.fake_frozen.judge,
-        )  # fmt: skip
-        loss = self._generator_loss(result, tally)
-        updated = self._update({"generator": stage.learning_rate * lr_factor}, loss, tally)
-        if updated and nets.ema is not None:
-            nets.ema.update(nets.weights, stage.batch_size)
-        sample_health(result, tally)
+        stage, tally = self._stage, Tally()
+        paired = stage.regression_batch_size if data.paired is not None else 0
+        pieces = data.pieces(self._pieces(stage.batch_size), self._pieces(paired))
+        made: list[Samples] = []
+        losses = [partial(self._generator_loss, piece, made, tally) for piece in pieces]
+        updated = self._update({"generator": stage.learning_rate * lr_factor}, losses, tally)
+        if updated and self.networks.ema is not None:
+            self.networks.ema.update(self.networks.weights, stage.batch_size)
 
         fake_lr = stage.fake_learning_rate * lr_factor
-        self._fake_update(result.x, result.cond, first, fake_lr, tally)
-        for extra in data.unpaired[1:]:
-            x = self._samples(extra, data)
-            cond = extra.cond
-            if stage.losses.pairs_in_dm and data.paired is not None:
-                cond = Condition.cat(cond, data.paired.cond)
-            self._fake_update(x, cond, extra, fake_lr, tally)
+        self._fake_update([partial(_given, samples) for samples in made], pieces, 0, fake_lr, tally)
+        for update in range(1, len(data.unpaired)):
+            drawn = [partial(self._samples, piece, update) for piece in pieces]
+            self._fake_update(drawn, pieces, update, fake_lr, tally)
         return tally
 
-    def _generator_loss(self, result: GeneratorStep, tally: Tally) -> torch.Tensor:
-        """Means over the global batch: DDP averages gradients over workers, so sums over global
+    def _pieces(self, batch: int) -> int:
+        """Into how many pieces every worker cuts its part of a global batch: the same number on
+        all, so that sharded networks run in step. Where parts are uneven a piece may have one
+        sample more than `micro_batch_size`."""
+        workers, micro = self.networks.world.size, self._stage.micro_batch_size
+        if not batch or micro is None:
+            return min(batch, 1)
+        most, least = -(-batch // workers), batch // workers
+        return min(-(-most // micro), least)
+
+    # ------------------------------------------------------------------ the generator
+
+    def _generator_loss(self, piece: StepData, made: list[Samples], tally: Tally) -> torch.Tensor:
+        nets, stage, first = self.networks, self._stage, piece.unpaired[0]
+        result = generator_step(
+            nets.student_trained, self._real, nets.fake_frozen, first.noise, first.cond,
+            piece.paired, stage.losses, step=first.student_step, distance=stage.distance,
+            discriminator=nets.fake_frozen.judge,
+        )  # fmt: skip
+        made.append((result.x, result.cond))
+        if len(result.x):
+            sample_health(result, tally)
+        return self._weighted(result, tally)
+
+    def _weighted(self, result: GeneratorStep, tally: Tally) -> torch.Tensor:
+        """Means over the global batch: gradients are averaged over workers, so sums over global
         counts, times the world size, are right however unequal the workers' parts are."""
         stage, losses = self._stage, self._stage.losses
         counts = {
@@ -127,10 +126,27 @@ class DmdTrainer:
                 tally.add_mean(f"loss_{name}", loss)
         return total
 
+    # ------------------------------------------------------------------ the fake score
+
     def _fake_update(
-        self, x: torch.Tensor, cond: Condition, part: Unpaired, lr: float, tally: Tally
+        self,
+        samples: Sequence[Callable[[], Samples]],
+        pieces: Sequence[StepData],
+        update: int,
+        lr: float,
+        tally: Tally,
     ) -> None:
-        stage = self._stage
+        scored = self._stage.losses.pairs_in_dm
+        losses = [
+            partial(self._fake_loss, make, piece.unpaired[update], tally)
+            for make, piece in zip(samples, pieces, strict=True)
+            if len(piece.unpaired[update].noise.z[0]) or (scored and piece.paired is not None)
+        ]
+        judged = any(piece.unpaired[update].pictures is not None for piece in pieces)
+        self._update({"fake": lr} | ({"head": lr} if judged else {}), losses, tally)
+
+    def _fake_loss(self, make: Callable[[], Samples], part: Unpaired, tally: Tally) -> torch.Tensor:
+        stage, (x, cond) = self._stage, make()
         result = fake_score_step(
             self.networks.fake_trained, x, part.noise, cond, stage.losses, pictures=part.pictures
         )
@@ -144,47 +160,64 @@ class DmdTrainer:
             tally.add_mean("loss_discriminator", result.loss_gan)
         if len(result.loss_r1):
             tally.add_mean("loss_r1", result.loss_r1)
-        rates = {"fake": lr} | ({"head": lr} if part.pictures is not None else {})
-        self._update(rates, loss, tally)
+        return loss
 
-    def _samples(self, part: Unpaired, data: StepData) -> torch.Tensor:
+    def _samples(self, piece: StepData, update: int) -> Samples:
         """Fresh samples of the student for one more fake update, without gradient."""
-        student, noise = self.networks.student(averaged=False), part.noise
+        part, student = piece.unpaired[update], self.networks.student
+        x, cond = part.noise.z[0], part.cond
         with torch.no_grad():
-            x_t = student.rollout(noise.z, part.cond, part.student_step)
-            x = student.predict(x_t, part.student_step, part.cond)
-            if self._stage.losses.pairs_in_dm and data.paired is not None:
-                x = torch.cat([x, student(data.paired.eps, data.paired.cond)])
-        return x
+            if len(x):
+                x_t = student.rollout(part.noise.z, cond, part.student_step)
+                x = student.predict(x_t, part.student_step, cond)
+            if self._stage.losses.pairs_in_dm and piece.paired is not None:
+                x = torch.cat([x, student(piece.paired.eps, piece.paired.cond)])
+                cond = Condition.cat(cond, piece.paired.cond)
+        return x, cond
 
     def _scored_batch(self) -> int:
         """Samples of one fake-score update, over all workers."""
         stage = self._stage
         return stage.batch_size + stage.regression_batch_size * stage.losses.pairs_in_dm
 
-    def _update(self, rates: dict[str, float], loss: torch.Tensor, tally: Tally) -> bool:
-        """One step of the named optimizers at these rates, unless a gradient is not finite: such
-        an update is left out, and counted. True when the weights moved."""
+    # ------------------------------------------------------------------ one update
+
+    def _update(
+        self, rates: dict[str, float], losses: Sequence[Callable[[], torch.Tensor]], tally: Tally
+    ) -> bool:
+        """One step of the named optimizers at these rates on the sum of `losses`, unless a
+        gradient is not finite: such an update is left out, and counted. True when the weights
+        moved."""
         optimizers = {name: self.networks.optimizers[name] for name in rates}
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        if not loss.requires_grad:
-            return False  # no loss of this stage reaches these weights
-        loss.backward()
-        norms = {}
-        for name, parameters in self.networks.parameters().items():
-            if name in rates:
-                limit = self.networks.settings.max_grad_norm
-                norms[name] = float(nn.utils.clip_grad_norm_(parameters, limit))
-                tally.add(f"{name}_grad_norm", norms[name], 1.0)
+        network = self.networks.trained[next(iter(rates))]
+        total, reached = 0.0, False
+        for index, loss_of in enumerate(losses):
+            with accumulating(network, last=index == len(losses) - 1):
+                loss = loss_of()
+                if loss.requires_grad:  # else no loss of this stage reaches these weights
+                    loss.backward()
+                    reached = True
+            total = total + loss.detach()
+        if not reached:
+            return False
+        norms = {name: self._clip(name) for name in self.networks.parameters() if name in rates}
+        for name, norm in norms.items():
+            tally.add(f"{name}_grad_norm", norm, 1.0)
         if not all(math.isfinite(norm) for norm in norms.values()):
-            self._count_nonfinite(next(iter(rates)), float(loss.detach()))
+            self._count_nonfinite(next(iter(rates)), float(total))
             return False
         for name, optimizer in optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = rates[name]
             optimizer.step()
         return True
+
+    def _clip(self, name: str) -> float:
+        limit = self.networks.settings.max_grad_norm
+        norm = nn.utils.clip_grad_norm_(self.networks.parameters()[name], limit)
+        return float(whole(norm))
 
     def _count_nonfinite(self, name: str, loss: float) -> None:
         self.nonfinite_updates += 1
@@ -194,3 +227,7 @@ class DmdTrainer:
                 f"{name}, loss {loss}); more than train.max_nonfinite_updates allows. Lower "
                 "train.learning_rate or train.max_grad_norm, or raise train.fake_updates"
             )
+
+
+def _given(samples: Samples) -> Samples:
+    return samples

@@ -23,7 +23,7 @@ VERBS = {
     "train-teacher": "train the miniature Stable Diffusion from captioned emoji pictures",
 }
 
-_OWN_ARGUMENTS = ("inspect", "schedule")
+_OWN_ARGUMENTS = ("inspect", "schedule", "train", "export")
 _PACKAGES = ("jobs", "pipelines", "dmd_core", "cluster")
 _STORE_CLIENTS = ("botocore", "aiohttp")
 # What s3fs makes of a store's 500. Its cause does not travel back from a worker.

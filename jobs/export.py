@@ -1,87 +1,111 @@
-"""`dmd export`: newest checkpoint → `<run>/student/`, a plain diffusers pipeline (station 8)."""
+"""`dmd export`: a checkpoint → `<run>/student/`, a plain diffusers pipeline (station 8)."""
 
+import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dmd_core.checkpoint import committed_steps, load_checkpoint
-from dmd_core.export import export_student
+from dmd_core.checkpoint import committed_steps
 from dmd_core.files import is_local
-from dmd_core.teacher import load_teacher
-from jobs.errors import JobError
+from dmd_core.teacher import Teacher, load_teacher
+from jobs.errors import Exit, JobError
 from jobs.session import Session
-from jobs.train import CHECKPOINTS
+from pipelines.beside_results import BEST
+from pipelines.run_folder import CHECKPOINTS
+from pipelines.student_export import called_at, export_checkpoint, load_student, weights_kind
 
 STUDENT, EXPORTED = "student", "student.json"
+LAST_CHECKPOINT, BEST_CHECKPOINT = "last", "best"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `dmd export` takes beside the common options."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="WHICH",
+        help="best (by train.evaluation.metric), last, or a step; default: the best where the run "
+        "was evaluated while it trained, else the last",
+    )
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Export the newest checkpoint; nothing to do when that one is exported already."""
+    """Export the chosen checkpoint; nothing to do when that one is exported already."""
     store = session.store
     steps = committed_steps(store.fs, store.path(CHECKPOINTS))
     if not steps:
         raise JobError(f"{store.url} has no checkpoint; run `dmd train` with this recipe first")
+    step, why = _chosen(session, steps)
     done = session.read_json(EXPORTED)
-    if done is not None and done["step"] == steps[-1]:
-        session.display.done(f"export: nothing to do, step {steps[-1]} is in {done['student']}")
+    if done is not None and done["step"] == step:
+        session.display.done(f"export: nothing to do, step {step} is in {done['student']}")
         return done
-    checkpoint = load_checkpoint(store.fs, store.path(CHECKPOINTS), steps[-1])
-    assert checkpoint is not None
-    teacher = load_teacher(session.teacher_dir)
+    checkpoint, teacher = load_student(store, CHECKPOINTS, step), load_teacher(session.teacher_dir)
     card = {
-        "step": checkpoint.step,
+        "step": step,
+        "checkpoint": why,
         "teacher_revision": teacher.revision,
         "pairs_digest": checkpoint.state["pairs_digest"],
         "pairs_segments": checkpoint.state.get("pairs_segments", []),
         "train": session.recipe.train.model_dump(),
         "pairs": session.recipe.pairs.model_dump(),
     }
-    timesteps = session.recipe.train.student_timesteps or (teacher.schedule.num_timesteps - 1,)
-    weights = checkpoint.parts.get("ema", checkpoint.parts["generator"])
-    _write(session, teacher, weights, timesteps, card)
+    _write(session, teacher, checkpoint, card)
     result = {
-        "step": checkpoint.step,
-        "num_inference_steps": len(timesteps),
-        "weights": "moving average" if "ema" in checkpoint.parts else "last step",
+        "step": step,
+        "checkpoint": why,
+        "num_inference_steps": len(called_at(session.recipe.train, teacher)),
+        "weights": weights_kind(checkpoint),
         "student": store.path(STUDENT) if is_local(store.fs) else f"{store.url}/{STUDENT}",
         "pairs_digest": checkpoint.state["pairs_digest"],
         "teacher_revision": teacher.revision,
     }
     session.write_json(EXPORTED, result)
-    session.display.done(f"export: step {checkpoint.step} → {result['student']}")
+    session.display.done(f"export: step {step} ({why}) → {result['student']}")
     return result
 
 
 def plan(session: Session) -> dict[str, Any]:
     """What `run` would do; touches nothing."""
     steps = committed_steps(session.store.fs, session.store.path(CHECKPOINTS))
+    step, why = _chosen(session, steps) if steps else ("none yet", "")
     return {
-        "checkpoint_step": steps[-1] if steps else "none yet",
+        "checkpoint_step": step,
+        "checkpoint": why,
         "writes_to": f"{session.store.url}/{STUDENT}",
     }
 
 
-def _write(
-    session: Session, teacher, weights, timesteps: tuple[int, ...], card: dict[str, Any]
-) -> None:
-    from pipelines.train_settings import lora_settings
+def _chosen(session: Session, steps: list[int]) -> tuple[int, str]:
+    """The step to export, and why this one, in words. `steps`: those that have a checkpoint."""
+    asked = getattr(session.arguments, "checkpoint", None)
+    best = session.read_json(BEST) if asked in (None, BEST_CHECKPOINT) else None
+    if asked == LAST_CHECKPOINT or (asked is None and (best is None or best["step"] not in steps)):
+        return steps[-1], "the last"
+    if asked in (None, BEST_CHECKPOINT):
+        if best is None:
+            raise JobError(
+                f"{session.store.url} has no {BEST}: no checkpoint was evaluated while it trained "
+                "(train.evaluation.steps); expected --checkpoint last or a step"
+            )
+        step, why = best["step"], f"the best by {best['metric']}, {best['value']:.4g}"
+    elif asked.isdecimal():
+        step, why = int(asked), "as asked"
+    else:
+        raise JobError(f"--checkpoint {asked}: expected best, last or a step", Exit.USAGE)
+    if step not in steps:
+        raise JobError(f"{session.store.url} has no checkpoint of step {step}; it has {steps}")
+    return step, why
 
-    store = session.store
-    settings: dict[str, Any] = {
-        "timesteps": timesteps,
-        "card": card,
-        "dtype": torch.float32,
-        "lora": lora_settings(session.recipe.train),
-    }
+
+def _write(session: Session, teacher: Teacher, checkpoint, card: dict[str, Any]) -> None:
+    store, section = session.store, session.recipe.train
     if is_local(store.fs):
         store.fs.makedirs(store.root, exist_ok=True)
-        export_student(teacher, weights, store.path(STUDENT), **settings)
+        export_checkpoint(teacher, checkpoint, store.path(STUDENT), section, card)
         return
     with tempfile.TemporaryDirectory(prefix="dmd-export-") as folder:
         local = Path(folder) / STUDENT
-        export_student(teacher, weights, str(local), **settings)
+        export_checkpoint(teacher, checkpoint, str(local), section, card)
         store.fs.put(f"{local}/", f"{store.path(STUDENT)}/", recursive=True)
 
 

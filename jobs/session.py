@@ -38,6 +38,10 @@ _MAY_CHANGE = {
     "train.num_validation_images",
     "train.report_to",
     "train.follow_pairs",
+    "train.micro_batch_size",
+    "train.parallel",
+    "train.health",
+    "train.evaluation",
     # What a training reads of the pairs is guarded by their manifest and the run's pins, so a list
     # that grows, or other files and batches of the same rows, lock no run out.
     "pairs.prompts",
@@ -114,8 +118,7 @@ class Session:
             f"{key}: {then.get(key)!r} → {now.get(key)!r}"
             for key in sorted(then.keys() | now.keys())
             if then.get(key) != now.get(key)
-            and key not in _MAY_CHANGE
-            and key.split(".")[0] not in _MAY_CHANGE
+            and not any(key == free or key.startswith(f"{free}.") for free in _MAY_CHANGE)
         ]
         if changed and self._has_work():
             raise JobError(

@@ -1,41 +1,83 @@
 """`dmd train`: distributed DMD and DMD2 training with Ray Train (stations 5-7)."""
 
+import argparse
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
-from dmd_core.checkpoint import committed_steps, read_state
+from dmd_core.checkpoint import committed_steps, discard_checkpoint, read_state
 from jobs.display import loss_fields
+from jobs.errors import Exit, JobError
 from jobs.pins import PINNED, pin_in_dataset, run_pins, save_pins
 from jobs.session import Session
 from pipelines.following import PinHolder
 from pipelines.manifest import ManifestError, latest_manifest
+from pipelines.parallel_settings import WorkerRange
 from pipelines.pins import Pins
+from pipelines.run_folder import CHECKPOINTS
 from pipelines.train_config import StageKeys, StageSection, stage_steps
 
-CHECKPOINTS = "checkpoints"
+PREVIOUS = "previous"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `dmd train` takes beside the common options."""
+    parser.add_argument(
+        "--from",
+        dest="start",
+        choices=[PREVIOUS],
+        help="previous: put the newest checkpoint aside, which cannot be read, and go on from the "
+        "one before it",
+    )
 
 
 def run(session: Session) -> dict[str, Any]:
     """Train to the end of the last stage, from the newest checkpoint if there is one."""
     recipe = session.recipe
     session.open_run()
+    if getattr(session.arguments, "start", None) == PREVIOUS:
+        _put_newest_aside(session)
     steps = _steps(session)
     done = _finished(session, steps)
     if done is not None:
+        if recipe.train.evaluation.steps:
+            from jobs.train_evaluation import settle_evaluations
+
+            settle_evaluations(session, steps)
         session.display.done(f"train: nothing to do, step {done['step']} is reached")
         return _result(done, trained=False)
     try:
         pins, pin, precision = _agree(session, steps)
     except ManifestError:  # perhaps collected just now: what is newest then?
         pins, pin, precision = _agree(session, steps)
-    from pipelines.training import train_loop
-    from pipelines.workers import run_worker_group
-
     if steps:
         session.display.say(f"train: going on from step {steps[-1]}")
     session.display.say("train: networks in " + precision["networks"])
+    _train(session, pins, pin)
+    done = _newest_state(session, _steps(session))
+    session.display.done(f"train: {done['step']} steps, {session.store.url}")
+    result = _result(done, trained=True)
+    if pin is not None:
+        session.display.say(
+            f"train: pairs stay pinned for evaluation and longer training (version "
+            f"{_listed(result['pairs_versions'])}); dmd inspect {session.pairs_root.url} "
+            f"--unpin {pin.name} ends that"
+        )
+    return result
+
+
+def _train(session: Session, pins: Pins, pin: PinHolder | None) -> None:
+    """The Ray Train job. Raises what ended it for good."""
+    import ray
+
+    from jobs.train_evaluation import training_evaluation
+    from pipelines.beside import validation_config
+    from pipelines.training import train_loop
+    from pipelines.workers import run_worker_group
+
+    recipe = session.recipe
     teacher_url = session.teacher_url if session.teacher_dir else ""
     with session.watch("train", recipe.train.total_steps, "steps", _shown) as board:
+        task = training_evaluation(session)
         run_worker_group(
             train_loop,
             {
@@ -48,24 +90,31 @@ def run(session: Session) -> dict[str, Any]:
                 "root": session.pairs_root.url,
                 "pins": asdict(pins),
                 "pin": None if pin is None else asdict(pin),
+                "evaluation": None if task is None else asdict(task),
                 "board": board,
             },
             store=session.store,
-            num_workers=recipe.train.num_workers,
+            num_workers=recipe.train.group_size,
             cpus_per_worker=recipe.train.cpus_per_worker,
             use_gpu=recipe.train.use_gpu,
             max_failures=recipe.train.max_failures,
+            validation=validation_config(task),
         )
-    done = _newest_state(session, _steps(session))
-    session.display.done(f"train: {done['step']} steps, {session.store.url}")
-    result = _result(done, trained=True)
-    if pin is not None:
-        session.display.say(
-            f"train: pairs stay pinned for evaluation and longer training (version "
-            f"{_listed(result['pairs_versions'])}); dmd inspect {session.pairs_root.url} "
-            f"--unpin {pin.name} ends that"
+        failure = ray.get(board.failure.remote())
+    if failure is not None:
+        raise cast(Exception, failure)
+
+
+def _put_newest_aside(session: Session) -> None:
+    steps = _steps(session)
+    if len(steps) < 2:
+        raise JobError(
+            f"--from previous: {session.store.url} has {len(steps)} checkpoint(s), so there is "
+            "none before the newest; to start afresh, use another run.dir",
+            Exit.REFUSED,
         )
-    return result
+    discard_checkpoint(session.store.fs, session.store.path(CHECKPOINTS), steps[-1])
+    session.display.say(f"train: step {steps[-1]} is put aside, going back to step {steps[-2]}")
 
 
 def _agree(session: Session, steps: list[int]) -> tuple[Pins, PinHolder | None, dict[str, str]]:
@@ -122,9 +171,15 @@ def plan(session: Session) -> dict[str, Any]:
         "from_step": from_step,
         "steps_to_do": 0 if finished else max(0, section.total_steps - from_step),
         "samples": sum(stage_samples(stage, keys) for stage, keys in section.plan()),
-        "workers": section.num_workers,
+        "workers": _workers_in_words(session.recipe.train.num_workers),
         "writes_to": session.store.url,
     }
+
+
+def _workers_in_words(workers: int | WorkerRange) -> str:
+    if isinstance(workers, WorkerRange):
+        return f"{workers.min} to {workers.max}, as many as there is room for"
+    return str(workers)
 
 
 def _stage_in_words(stage: StageSection, keys: StageKeys) -> str:

@@ -21,6 +21,7 @@ from dmd_core.gallery import Gallery, load_gallery
 from dmd_core.metrics import Estimate, kid, kid_difference, regression_distance, retrieval
 from dmd_core.noise import sample_noise
 from dmd_core.teacher import teacher_revision
+from pipelines.beside_settings import FEWEST_PROMPTS
 from pipelines.config import EvaluateSection, PairsSection
 from pipelines.images import image_files, make_images, read_images
 from pipelines.storage import Store
@@ -40,7 +41,6 @@ from pipelines.timing import NOT_MEASURED, measure_speed
 METRICS = "metrics.json"
 FOLDER = "evaluation"
 NOISE, NOISE_PROMPTS = f"{FOLDER}/latents.safetensors", f"{FOLDER}/latents.json"
-_FEWEST_PROMPTS = 10
 
 
 def evaluate(
@@ -61,12 +61,7 @@ def evaluate(
     `prompts` are the held-out ones; `networks.mean` None leaves the mean picture out;
     `provenance` (versions, manifest digest, checkpoint …) is recorded as it is.
     """
-    chosen = tuple(dict.fromkeys(prompts))[: section.max_prompts]
-    if len(chosen) < _FEWEST_PROMPTS:
-        raise ValueError(
-            f"evaluate.prompts gives {len(chosen)} distinct prompts; expected at least "
-            f"{_FEWEST_PROMPTS}, for prompts are what the confidence intervals are over"
-        )
+    chosen = held_out(prompts, section.max_prompts)
     plan, local = SamplingPlan.from_sections(section, pairs, student_timesteps), networks.local()
     revisions = {
         "teacher_revision": teacher_revision(local.teacher),
@@ -96,6 +91,17 @@ def evaluate(
     return json.loads(text)
 
 
+def held_out(prompts: Sequence[str], most: int | None) -> tuple[str, ...]:
+    """The first `most` distinct prompts. Raises ValueError for too few."""
+    chosen = tuple(dict.fromkeys(prompts))[:most]
+    if len(chosen) < FEWEST_PROMPTS:
+        raise ValueError(
+            f"evaluate.prompts gives {len(chosen)} distinct prompts; expected at least "
+            f"{FEWEST_PROMPTS}, for prompts are what the confidence intervals are over"
+        )
+    return chosen
+
+
 def save_noise(run: Store, plan: SamplingPlan, images: Images, count: int) -> None:
     """ε of the first `count` prompts as {"latents": (N,C,h,w) float32}, and their prompts beside.
 
@@ -121,16 +127,8 @@ def _measure(
     """Every number that is a function of the pictures alone."""
     features = {system: entry.features for system, entry in images.items()}
     teacher, reference = images[TEACHER], features[TEACHER_AGAIN]
-    gallery, why_not = _usable(gallery, teacher)
-    systems: dict[str, dict[str, Any]] = {}
-    for system, entry in images.items():
-        systems[system] = {"kid": None, "rmse": None, "retrieval": None}
-        if system != TEACHER_AGAIN:
-            systems[system]["kid"] = asdict(kid(entry.features, reference, confidence=confidence))
-        if system != TEACHER:
-            systems[system]["rmse"] = asdict(_rmse(entry, teacher, confidence))
-        if gallery is not None:
-            systems[system]["retrieval"] = _retrieval(entry, gallery, confidence)
+    gallery, why_not = usable_gallery(gallery, teacher)
+    systems = {system: measure_system(system, images, gallery, confidence) for system in images}
     return {
         "prompts": len(teacher.prompts),
         "confidence": confidence,
@@ -145,6 +143,22 @@ def _measure(
             if system not in (TEACHER, TEACHER_AGAIN, STUDENT)
         },
     }
+
+
+def measure_system(
+    system: str, images: dict[str, Images], gallery: Gallery | None, confidence: float
+) -> dict[str, Any]:
+    """kid, rmse and retrieval of one system; None for what says nothing about it. `images` has it,
+    `teacher` and `teacher_again`; `gallery` is a usable one, or None."""
+    entry, reference = images[system], images[TEACHER_AGAIN].features
+    found: dict[str, Any] = {"kid": None, "rmse": None, "retrieval": None}
+    if system != TEACHER_AGAIN:
+        found["kid"] = asdict(kid(entry.features, reference, confidence=confidence))
+    if system != TEACHER:
+        found["rmse"] = asdict(_rmse(entry, images[TEACHER], confidence))
+    if gallery is not None:
+        found["retrieval"] = _retrieval(entry, gallery, confidence)
+    return found
 
 
 def _compare(
@@ -168,7 +182,7 @@ def _rmse(images: Images, teacher: Images, confidence: float) -> Estimate:
     return regression_distance(ours, theirs, confidence=confidence)
 
 
-def _usable(gallery: Gallery | None, teacher: Images) -> tuple[Gallery | None, str]:
+def usable_gallery(gallery: Gallery | None, teacher: Images) -> tuple[Gallery | None, str]:
     """The gallery if retrieval can be measured with it, else why not."""
     if gallery is None:
         return None, f"{NOT_MEASURED}: the teacher's folder has no gallery of real pictures"

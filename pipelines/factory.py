@@ -17,7 +17,7 @@ from pipelines.collect import Collected, collect_garbage, needs_collecting
 from pipelines.config import PairsSection, StorageSection
 from pipelines.landed import landed_ids, landed_ids_of
 from pipelines.lease import Lease, hold_lease
-from pipelines.ledger import finished_ids, forget_lost_files, settle_ledger
+from pipelines.ledger import drop_unfinished, finished_ids, forget_lost_files, settle_ledger
 from pipelines.manifest import Manifest, find_sealed, latest_manifest, void_next_number
 from pipelines.pairs import Fingerprint, library_versions
 from pipelines.prompts import (
@@ -120,6 +120,7 @@ def fill_order(
                         manifest = _make(order, prompts, changes.to_make, lease, record, watch)
                     else:
                         record.phase = "sealing"
+                        drop_unfinished(root, fingerprint.folder)
                         manifest = seal_generation(root, fingerprint, prompts, lease=lease)
                 garbage = None
                 if keep is not None:

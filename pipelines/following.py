@@ -86,6 +86,7 @@ class PairVersions:
         self._root, self._pins, self._seed = root, pins, seed
         self._readers: dict[int, PairReader] = {}
         self._prompts: dict[int, PairPrompts] = {}
+        self._statistics: dict[int, dict[str, float]] = {}
         first = pins.default
         self.segments: tuple[Segment, ...] = () if first is None else (Segment(first, pins.digest),)
         for version, digest in pins.versions.items():
@@ -112,6 +113,7 @@ class PairVersions:
                     f"{self._root.url} version {version} has digest {manifest.digest[:12]}…, "
                     f"expected {digest[:12]}… as pinned by this run"
                 )
+            self._statistics[version] = manifest.statistics
             seed = stable_seed(self._seed, "pairs")
             self._readers[version] = PairReader(self._root, manifest, seed)
         return self._readers[version]
@@ -121,6 +123,14 @@ class PairVersions:
             reader = self.reader(segment.version, segment.digest)
             self._prompts[segment.version] = reader.prompts(stable_seed(self._seed, "prompts"))
         return self._prompts[segment.version]
+
+    def statistics(self) -> dict[str, float] | None:
+        """Of the latents of the version that is read by default; None without pairs."""
+        if not self.segments:
+            return None
+        segment = self.segments[-1]
+        self.reader(segment.version, segment.digest)
+        return self._statistics[segment.version]
 
     # ------------------------------------------------------------------ going on
 

@@ -49,6 +49,18 @@ def settle_ledger(root: Store, generation: str) -> None:
             delete_if_there(root, root.path(generation, "ledger", name))
 
 
+def drop_unfinished(root: Store, generation: str) -> None:
+    """Remove what writes that never finished left: their data first, as Ray does when it starts.
+    For the holder of the lease, where Ray has nothing to do."""
+    names = [name for name in _entries(root, generation) if _is_pending(name)]
+    unfinished = {ledger_base(name) for name in names}
+    for name in list_files(root, root.path(generation, "data")) if unfinished else ():
+        if data_base(name) in unfinished:
+            delete_if_there(root, root.path(generation, "data", name))
+    for name in names:
+        delete_if_there(root, root.path(generation, "ledger", name))
+
+
 def forget_lost_files(root: Store, generation: str) -> list[str]:
     """Remove entries whose data file is gone, so that their rows are made again.
 

@@ -2,58 +2,77 @@
 
 import json
 import math
-import tempfile
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dmd_core.files import is_local, write_atomic
+import numpy as np
+
+from dmd_core.files import write_atomic
 from pipelines.storage import Store
+from pipelines.trackers import TensorBoard, Tracker
 
 
 class MetricsLog:
-    """The JSON lines of a run, one line per logged step, and TensorBoard events beside it.
+    """The JSON lines of a run, one line per logged step, and the same numbers to `trackers`.
 
     An object store has no append, so the file is rewritten whole (some megabytes for a long run);
     `flush` decides when. Lines after `resume_step` belong to work that was lost, and go.
     """
 
     def __init__(
-        self, store: Store, name: str = "metrics.jsonl", *, resume_step: int, tensorboard: bool
+        self,
+        store: Store,
+        name: str = "metrics.jsonl",
+        *,
+        resume_step: int,
+        trackers: Sequence[Tracker] = (),
+        tensorboard: bool = False,
     ) -> None:
-        self._store = store
-        self._path = store.path(name)
+        self._store, self._path = store, store.path(name)
         self._lines = [line for line in self._read() if line["step"] <= resume_step]
-        self._writer = None
+        self._trackers = list(trackers)
         if tensorboard:
-            from tensorboardX import SummaryWriter
+            self._trackers.append(TensorBoard(store, resume_step=resume_step))
 
-            local = is_local(store.fs)
-            self._events = store.path("tensorboard") if local else tempfile.mkdtemp()
-            self._writer = SummaryWriter(self._events, purge_step=resume_step + 1, flush_secs=10)
+    @property
+    def lines(self) -> Sequence[Mapping[str, Any]]:
+        """Oldest first, as they are on the store: None for what was not finite."""
+        return tuple(self._lines)
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: Mapping[str, Any]) -> None:
         """`record` holds an int `step` and numbers; one that is not finite is written as null,
         for JSON has no other word for it."""
-        record = {key: value if math.isfinite(value) else None for key, value in record.items()}
-        self._lines.append(record)
-        if self._writer is not None:
-            for key, value in record.items():
-                if key != "step" and value is not None:
-                    self._writer.add_scalar(f"train/{key}", value, record["step"])
+        line = {key: value if math.isfinite(value) else None for key, value in record.items()}
+        self._lines.append(line)
+        shown = {f"train/{k}": v for k, v in line.items() if k != "step" and v is not None}
+        self.add_scalars(record["step"], shown)
 
-    def add_picture(self, tag: str, step: int, picture: Any) -> None:
+    def add_scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """To the trackers alone: finite numbers by tag."""
+        for tracker in self._trackers:
+            tracker.scalars(step, values)
+
+    def add_picture(self, tag: str, step: int, picture: np.ndarray) -> None:
         """`picture`: (H,W,3) uint8."""
-        if self._writer is not None:
-            self._writer.add_image(tag, picture, step, dataformats="HWC")
+        for tracker in self._trackers:
+            tracker.picture(tag, step, picture)
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from `step`: later lines go, here and where a tracker can."""
+        self._lines = [line for line in self._lines if line["step"] <= step]
+        for tracker in self._trackers:
+            tracker.rewind(step)
 
     def flush(self) -> None:
         text = "".join(json.dumps(line) + "\n" for line in self._lines)
         write_atomic(self._store.fs, self._path, text.encode())
-        if self._writer is not None:
-            self._writer.flush()
-            if not is_local(self._store.fs):
-                for file in Path(self._events).iterdir():
-                    self._store.fs.put_file(str(file), self._store.path("tensorboard", file.name))
+        for tracker in self._trackers:
+            tracker.flush()
+
+    def close(self) -> None:
+        """Ends the trackers; the lines are the caller's to flush before."""
+        for tracker in self._trackers:
+            tracker.close()
 
     def _read(self) -> list[dict[str, Any]]:
         if not self._store.fs.exists(self._path):

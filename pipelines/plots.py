@@ -67,15 +67,21 @@ def encode_png(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def loss_curve(steps: Sequence[int], values: Sequence[float], label: str) -> str:
-    """One loss over steps as an SVG element: the raw values thin, a running mean over them."""
+def loss_curve(
+    steps: Sequence[int], values: Sequence[float], label: str, marks: Sequence[int] = ()
+) -> str:
+    """One loss over steps as an SVG element: the raw values thin, a running mean over them; a
+    dashed line at each step of `marks`, where the running mean begins anew."""
     x, y = np.asarray(steps, np.float64), np.asarray(values, np.float64)
     x, y = x[np.isfinite(y)], y[np.isfinite(y)]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.2, 2.3), layout="constrained")
         axes = figure.add_subplot()
         axes.plot(x, y, color=_ACCENT, alpha=0.25, linewidth=0.7)
-        axes.plot(x, running_mean(y, max(1, round(len(y) * _SMOOTHING))), color=_ACCENT)
+        half = max(1, round(len(y) * _SMOOTHING))
+        for part in np.split(np.arange(len(x)), np.searchsorted(x, np.unique(marks), "right")):
+            axes.plot(x[part], running_mean(y[part], half), color=_ACCENT)
+        _draw_marks(axes, marks)
         if len(y) and y.min() > 0 and y.max() / y.min() > _LOG_FROM:
             axes.set_yscale("log")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -84,6 +90,43 @@ def loss_curve(steps: Sequence[int], values: Sequence[float], label: str) -> str
         axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
         axes.set_xlabel("step")
         return _svg(figure, f"{label} over training steps")
+
+
+def interval_curve(
+    steps: Sequence[int],
+    values: Sequence[float],
+    lows: Sequence[float],
+    highs: Sequence[float],
+    label: str,
+    *,
+    best: int | None = None,
+    marks: Sequence[int] = (),
+) -> str:
+    """A measure over steps as an SVG element: a dot with its confidence interval each, that of the
+    step `best` larger; a dashed line at each step of `marks`."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.2, 2.3), layout="constrained")
+        axes = figure.add_subplot()
+        axes.fill_between(steps, lows, highs, color=_ACCENT, alpha=0.12, linewidth=0)
+        axes.vlines(steps, lows, highs, color=_ACCENT, linewidth=1.2, alpha=0.7)
+        axes.plot(steps, values, "-", color=_ACCENT, linewidth=1)
+        axes.plot(steps, values, "o", color=_ACCENT, markersize=3)
+        if best is not None and best in steps:
+            at = list(steps).index(best)
+            axes.plot([best], [values[at]], "o", color=_ACCENT, markersize=6)
+            axes.annotate(
+                "best", (best, highs[at]), xytext=(0, 3), textcoords="offset points", ha="center"
+            )
+        _draw_marks(axes, marks)
+        axes.margins(y=0.15)
+        axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
+        axes.set_xlabel("step")
+        return _svg(figure, f"{label} over training steps")
+
+
+def _draw_marks(axes: Any, marks: Sequence[int]) -> None:
+    for step in marks:
+        axes.axvline(step, color=_INK, alpha=0.6, linewidth=1, linestyle=(0, (4, 3)), gid="mark")
 
 
 def running_mean(values: np.ndarray, half: int) -> np.ndarray:

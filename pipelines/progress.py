@@ -14,6 +14,7 @@ class ProgressBoard:
     def __init__(self) -> None:
         self._done = 0
         self._fields: dict[str, Any] = {}
+        self._failure: Exception | None = None
 
     def advance(self, count: int, rejected: int = 0, busy_s: float = 0.0) -> None:
         """`busy_s`: seconds that a worker spent on these rows."""
@@ -26,6 +27,13 @@ class ProgressBoard:
         if done is not None:
             self._done = done
         self._fields.update(fields)
+
+    def fail(self, error: Exception) -> None:
+        """The work has ended with an error that trying again would not mend."""
+        self._failure = self._failure or error
+
+    def failure(self) -> Exception | None:
+        return self._failure
 
     def read(self) -> tuple[int, dict[str, Any]]:
         return self._done, dict(self._fields)

@@ -16,14 +16,26 @@ import numpy as np
 from markupsafe import Markup
 
 from pipelines.evaluation import METRICS, NOISE, NOISE_PROMPTS
+from pipelines.health_record import HEALTH, HealthEvent, read_events
 from pipelines.images import read_images
 from pipelines.plots import Interval, encode_png, interval_plot, loss_curve, loss_series
 from pipelines.report_text import (
     findings,
     headline,
+    health_lines,
+    pair_switches,
     system_names,
     table_rows,
     tiles,
+)
+from pipelines.report_validation import (
+    BEST,
+    NO_VALIDATION,
+    VALIDATION,
+    Validation,
+    best_sentence,
+    read_validation,
+    validation_curves,
 )
 from pipelines.storage import Store
 from pipelines.systems import START, STUDENT, TEACHER, few_step_name
@@ -50,7 +62,8 @@ class ReportInputs:
     """What the report shows. Whatever is empty leaves its section with a plain line.
 
     `metrics` is the content of metrics.json; `pictures` system → (N,H,W,3) uint8 of `prompts`;
-    `records` the training log; `samples` (step, PNG) of training, oldest first.
+    `records` the training log; `samples` (step, PNG) of training, oldest first; `events` those of
+    the health rules; `validation` what was measured while it trained.
     """
 
     title: str
@@ -60,6 +73,8 @@ class ReportInputs:
     records: Sequence[dict[str, Any]] = ()
     samples: Sequence[tuple[int, bytes]] = ()
     sources: Sequence[Source] = ()
+    events: Sequence[HealthEvent] = ()
+    validation: Validation = NO_VALIDATION
 
 
 def collect_inputs(
@@ -91,6 +106,8 @@ def collect_inputs(
         records=records,
         samples=_read_samples(run),
         sources=sources,
+        events=read_events(run),
+        validation=read_validation(run),
     )
 
 
@@ -101,7 +118,7 @@ def render_report(inputs: ReportInputs, template: str) -> str:
     )
     metrics = inputs.metrics
     names = system_names(metrics)
-    series = loss_series(inputs.records)
+    series, marks = loss_series(inputs.records), went_on_at(inputs.events)
     return environment.from_string(template).render(
         title=inputs.title,
         headline=headline(metrics),
@@ -110,9 +127,18 @@ def render_report(inputs: ReportInputs, template: str) -> str:
         cards=_cards(inputs),
         student_steps=metrics["systems"][STUDENT]["network_evaluations"],
         curves=[
-            {"name": name, "svg": Markup(loss_curve(steps, values, name))}
+            {"name": name, "svg": Markup(loss_curve(steps, values, name, marks))}
             for name, (steps, values) in series.items()
         ],
+        marks=marks,
+        pair_switches=pair_switches(inputs.records),
+        health=health_lines(inputs.events),
+        validation=[
+            {"name": name, "svg": Markup(svg)}
+            for name, svg in validation_curves(inputs.validation, marks).items()
+        ],
+        best=best_sentence(inputs.validation),
+        failed_validations=inputs.validation.failed,
         rows=table_rows(metrics, names),
         intervals=Markup(_kid_plot(metrics, names)),
         energy=metrics["timing"]["joules_per_picture"],
@@ -123,9 +149,19 @@ def render_report(inputs: ReportInputs, template: str) -> str:
         confidence=f"{100 * metrics['confidence']:.0f} %",
         sources=inputs.sources,
         files={
-            "metrics": METRICS, "log": TRAINING_LOG, "noise": NOISE, "noise_prompts": NOISE_PROMPTS
+            "metrics": METRICS, "log": TRAINING_LOG, "noise": NOISE,
+            "noise_prompts": NOISE_PROMPTS, "health": HEALTH, "validation": f"{VALIDATION}/",
+            "best": BEST,
         },
     )  # fmt: skip
+
+
+def went_on_at(events: Sequence[HealthEvent]) -> list[int]:
+    """Where the curves join what was trained under different settings: the steps that rollbacks
+    went back to, without those that a later one went back behind."""
+    targets = [event.to_step for event in events if event.to_step is not None]
+    standing = {step for at, step in enumerate(targets) if step <= min(targets[at:])}
+    return sorted(standing)
 
 
 def _cards(inputs: ReportInputs) -> list[dict[str, Any]]:

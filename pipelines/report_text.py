@@ -1,8 +1,10 @@
 """Station 10: the numbers of metrics.json as the sentences and cells of the report."""
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pipelines.health_record import HealthEvent
 from pipelines.systems import MEAN, START, STUDENT, TEACHER, TEACHER_AGAIN, few_step_name
 
 
@@ -113,6 +115,52 @@ def table_rows(metrics: dict[str, Any], names: dict[str, str]) -> list[dict[str,
             }
         )
     return rows
+
+
+def health_lines(events: Iterable[HealthEvent]) -> list[dict[str, Any]]:
+    """Every event: its kind, its step, what was found, and what was done."""
+    names = {"warn": "Warning", "rollback": "Rollback", "stop": "Stop"}
+    return [
+        {
+            "kind": names[event.kind],
+            "step": event.step,
+            "found": f"{event.metric} was {_number(event.value)}; the rule: {event.rule}.",
+            "done": _done(event),
+        }
+        for event in events
+    ]
+
+
+def pair_switches(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Where training went over to another version of the pairs."""
+    return [
+        f"After step {record['step']} it read version {record['pairs_version']:g} of the pairs "
+        f"({record['pairs_rows']:g} rows)."
+        for record in records
+        if "pairs_version" in record
+    ]
+
+
+def _done(event: HealthEvent) -> str:
+    if event.kind == "warn":
+        return "Training went on."
+    if event.kind == "stop":
+        return "Training was stopped."
+    back = f"step {event.to_step}" if event.to_step else "the start"
+    changes = [
+        f"{factor:.3g} times the recipe's {name}"
+        for name, factor in (
+            ("fake_updates", event.fake_updates_factor),
+            ("learning rates", event.learning_rate_factor),
+        )
+        if factor != 1
+    ]
+    settings = _enumeration(changes) if changes else "the recipe's settings"
+    return f"Training went back to {back} and on from there with {settings}."
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3g}"
 
 
 def _device(timing: dict[str, Any]) -> str:

@@ -10,9 +10,8 @@ from typing import Protocol
 import torch
 
 from dmd_core.noise import sample_noise, sample_uniform, stable_seed
+from dmd_core.step_types import PairedPart, Pictures, StepData, StepNoise, Unpaired
 from dmd_core.teacher import Teacher
-from dmd_core.train_step import PairedPart, Pictures, StepNoise
-from dmd_core.trainer import StepData, Unpaired
 from dmd_core.types import PairBatch
 from pipelines.batches import part_of_batch
 from pipelines.streams import PictureStream

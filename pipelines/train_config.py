@@ -7,7 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from pipelines.beside_settings import EvaluationSection
 from pipelines.config import MixedPrecision, NotNegative, Positive, Rate, Section
+from pipelines.health_settings import HealthSection, check_health
+from pipelines.parallel_settings import ParallelSection, WorkerRange
+from pipelines.trackers import TrackerName, tracker_names
 
 RegressionLoss = Literal["l1", "l2", "huber", "lpips", "st-lpips"]
 DmWeighting = Literal["normalised", "sigma_over_alpha", "sigma3_over_alpha"]
@@ -159,7 +163,15 @@ class StageSection(Section):
 class TrainSection(StageKeys):
     """Stations 5-7: DMD training. Without `stages` it is one stage of `max_train_steps`."""
 
-    num_workers: Positive = 1
+    num_workers: Positive | WorkerRange = Field(
+        default=1, description="a number, or {min: …, max: …}: elastic"
+    )
+    micro_batch_size: Positive | None = Field(
+        default=None,
+        description="most samples of each batch in one pass of a worker; the rest is accumulated. "
+        "Batches stay global: this changes memory, not the result",
+    )
+    parallel: ParallelSection = ParallelSection()
     use_gpu: bool = False
     cpus_per_worker: float = Field(default=1, ge=0)
     threads_per_worker: Positive | None = Field(
@@ -221,7 +233,11 @@ class TrainSection(StageKeys):
     validation_steps: Positive = 500
     num_validation_images: Positive = 16
     logging_steps: Positive = 10
-    report_to: Literal["tensorboard", "none"] = "tensorboard"
+    report_to: TrackerName | tuple[TrackerName, ...] = Field(
+        default="tensorboard", description="tensorboard, wandb, a list of both, or none"
+    )
+    health: HealthSection = HealthSection()
+    evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
     def _stages_fit(self) -> "TrainSection":
@@ -234,6 +250,9 @@ class TrainSection(StageKeys):
                 f"follow_pairs is {self.follow_pairs}, but there is nothing to follow: every stage "
                 "has lambda_reg 0 or names its pairs_version"
             )
+        check_health(self.health, has_pairs=any(keys.follows for _, keys in self.plan()))
+        self.evaluation.check(self.checkpointing_steps)
+        tracker_names(self.report_to)
         times = self.student_timesteps
         if times is not None and (not times or list(times) != sorted(set(times), reverse=True)):
             raise ValueError(f"student_timesteps {list(times)} must be falling times")
@@ -241,9 +260,10 @@ class TrainSection(StageKeys):
             where = f"stages.{index}" if self.stages else "train"
             for key in ("train_batch_size", "regression_batch_size"):
                 size = getattr(keys, key)
-                if 0 < size < self.num_workers:
+                if 0 < size < self.most_workers:
                     raise ValueError(
-                        f"{where}: {key} ({size}) must be at least num_workers ({self.num_workers})"
+                        f"{where}: {key} ({size}) must be at least num_workers "
+                        f"({self.most_workers})"
                     )
             if keys.gan_weight > 0 and not self.real_pictures:
                 raise ValueError(f"{where}: gan_weight > 0 needs train.real_pictures")
@@ -276,6 +296,17 @@ class TrainSection(StageKeys):
                 raise ValueError(f"{name}{error}") from None
             plan.append((stage, keys))
         return plan
+
+    @property
+    def group_size(self) -> int | tuple[int, int]:
+        """As Ray Train takes it."""
+        workers = self.num_workers
+        return (workers.min, workers.max) if isinstance(workers, WorkerRange) else workers
+
+    @property
+    def most_workers(self) -> int:
+        workers = self.num_workers
+        return workers.max if isinstance(workers, WorkerRange) else workers
 
     @property
     def total_steps(self) -> int:

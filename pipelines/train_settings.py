@@ -9,6 +9,7 @@ from diffusers.optimization import get_scheduler
 from dmd_core.lora import LoraSettings
 from dmd_core.losses import Distance
 from dmd_core.networks import TrainerSettings
+from dmd_core.parallel import Parallel
 from dmd_core.precision import PrecisionPolicy
 from dmd_core.train_step import LossSettings
 from dmd_core.trainer import StageSettings
@@ -27,6 +28,7 @@ def trainer_settings(section: TrainSection, seed: int) -> TrainerSettings:
     return TrainerSettings(
         seed=seed,
         timesteps=section.student_timesteps,
+        parallel=Parallel(**section.parallel.model_dump()),
         precision=PrecisionPolicy.named(section.mixed_precision),
         lora=lora_settings(section),
         discriminator=section.uses_gan,
@@ -61,6 +63,7 @@ def stage_settings(
         gan_fake=keys.gan_fake_weight,
         r1=keys.r1_weight,
         distance=distance,
+        micro_batch_size=section.micro_batch_size,
     )
 
 

@@ -1,206 +1,205 @@
 """Stations 5-7 as a Ray Train job: pairs and prompts in, student and fake score out.
 
-The run's state is its networks, optimizers, `Progress` and the segments of the pairs it follows
-alone: every random number and every batch is a function of these and of the run's seed.
+The run's state is its networks, optimizers, `Progress`, the segments of the pairs it follows and
+its record of rollbacks alone: every random number and every batch is a function of these and of
+the run's seed, on any number of workers.
 """
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import ray
 import ray.train
 import torch
-from ray.train.collective import broadcast_from_rank_zero
 
-from dmd_core.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-)
-from dmd_core.decoder import decoded, load_decoder
+from dmd_core.checkpoint import CheckpointError
 from dmd_core.files import write_atomic
-from dmd_core.health import Tally
-from dmd_core.losses import REGRESSION_LOSSES, Distance, regression_distance
-from dmd_core.networks import DmdNetworks, World
-from dmd_core.noise import sample_noise, stable_seed
-from dmd_core.perceptual import load_perceptual
-from dmd_core.teacher import load_teacher
+from dmd_core.health import DivergedError, Tally
+from dmd_core.networks import DmdNetworks
+from dmd_core.parallel import World
 from dmd_core.trainer import DmdTrainer
-from pipelines.config import PairsSection, StorageSection
-from pipelines.following import FollowedPrompts, Follower, NewerVersions, PairVersions, PinHolder
+from pipelines.beside import Beside
+from pipelines.beside_task import EvaluationTask
+from pipelines.health_record import HealthRecordError, Remedies
+from pipelines.health_rules import derived, last_good
+from pipelines.health_watch import HealthWatch, StoppedError
 from pipelines.metrics_log import MetricsLog
-from pipelines.pair_fit import PairFit
-from pipelines.pins import Pins
 from pipelines.plots import picture_grid
+from pipelines.prefetch import Prefetcher
 from pipelines.progress import Throttle
-from pipelines.prompts import read_prompts
-from pipelines.step_data import Progress, StepSource
-from pipelines.storage import Store, local_copy, open_store
-from pipelines.streams import PictureStream, PromptStream, open_pictures
-from pipelines.train_config import StageKeys, TrainSection
+from pipelines.run_checkpoints import RunCheckpoints
+from pipelines.run_inputs import RunInputs
+from pipelines.step_data import Progress
+from pipelines.trackers import open_trackers
+from pipelines.train_config import StageKeys
 from pipelines.train_settings import lr_factor, stage_settings, trainer_settings
-from pipelines.workers import set_threads
+from pipelines.workers import Group, set_threads
 
-CHECKPOINTS = "checkpoints"
-_SAMPLE_PROMPTS = "prompts of the sample pictures"
 _logger = logging.getLogger(__name__)
+
+
+# A restart of the workers would end in the same way.
+_FINAL = (CheckpointError, DivergedError, HealthRecordError, StoppedError)
 
 
 def train_loop(config: dict[str, Any]) -> None:
     """One worker of `dmd train`. `config`: train, pairs, seed, dir, storage, teacher, root, pins,
-    pin (a `PinHolder`), board."""
+    pin (a `PinHolder`), evaluation (an `EvaluationTask`), board. An error that a restart cannot
+    mend is handed to the board, and the loop returns."""
     set_threads(config["train"]["threads_per_worker"])
-    _DmdRun(config).run()
+    board = config.get("board")
+    try:
+        _DmdRun(config).run()
+    except _FINAL as error:
+        if board is None:
+            raise
+        ray.get(board.fail.remote(error))
 
 
 class _DmdRun:
     def __init__(self, config: dict[str, Any]) -> None:
-        context = ray.train.get_context()
-        self.rank, world = context.get_world_rank(), context.get_world_size()
-        self.section = TrainSection.model_validate(config["train"])
-        self.pairs_section = PairsSection.model_validate(config["pairs"])
-        self.storage = StorageSection.model_validate(config["storage"])
-        self.store: Store = open_store(config["dir"], self.storage)
-        self.seed, self.board = config["seed"], config.get("board")
-        self.pins = Pins.from_json(config["pins"])
-        device = ray.train.torch.get_device() if self.section.use_gpu else torch.device("cpu")
-        self.teacher = load_teacher(
-            local_copy(open_store(config["teacher"], self.storage)), device=device
-        )
-        self.root = open_store(config["root"], self.storage)
-        self.versions = PairVersions(self.root, self.pins, self.seed)
-        self.follower = self._follower(config.get("pin"))
+        self.group, self.board = Group.here(), config.get("board")
+        self.inputs = RunInputs(config, self.group)
+        self.section, self.store = self.inputs.section, self.inputs.store
+        self.versions, self.pins = self.inputs.versions, self.inputs.pins
+        self.teacher = self.inputs.teacher
         self.networks = DmdNetworks(
             self.teacher,
-            trainer_settings(self.section, self.seed),
-            World(self.rank, world, device),
-            self._shape(),
+            trainer_settings(self.section, self.inputs.seed),
+            World(self.group.rank, self.group.size, self.teacher.device),
+            self.inputs.shape,
         )
-        uncond = self.teacher.encode_prompts([self.pairs_section.negative_prompt])
-        self.trainer = DmdTrainer(self.networks, uncond)
-        self.source = StepSource(
-            self.teacher,
-            seed=self.seed,
-            rank=self.rank,
-            world=world,
-            shape=self._shape(),
-            timesteps=len(self.networks.timesteps),
-            prompts=self._open_prompts(),
-            pictures=self._open_pictures(),
+        self.trainer = DmdTrainer(self.networks, self.inputs.unconditional())
+        source = self.inputs.source(timesteps=len(self.networks.timesteps))
+        self.data = Prefetcher(source, lambda: set_threads(self.section.threads_per_worker))
+        self.follower = self.inputs.follower(config.get("pin"))
+        self.plan, self.lr_factor = self.section.plan(), lr_factor(self.section)
+        task = config.get("evaluation")
+        self.beside = Beside(
+            EvaluationTask(**task) if task else None,
+            self.store, rank=self.group.rank, share=self.group.share,
+        )  # fmt: skip
+        self.health = HealthWatch(
+            self.section.health, self.store, self.group, self.versions.statistics()
         )
-        self.plan = self.section.plan()
-        self.lr_factor = lr_factor(self.section)
+        self.checkpoints = RunCheckpoints(
+            self.store, self.networks, self.group,
+            keep=self.section.checkpoints_total_limit, also=self._kept_checkpoints,
+        )  # fmt: skip
         self.progress, self.finished = Progress(), False
-        self._restore()
-
-    # ------------------------------------------------------------------ what it reads
-
-    def _open_prompts(self) -> PromptStream | FollowedPrompts:
-        if not self.pins.prompts:
-            return FollowedPrompts(self.versions)
-        prompts = read_prompts(self.pins.prompt_source, self.storage).prompts
-        return PromptStream(prompts, stable_seed(self.seed, "prompts"))
-
-    def _follower(self, pin: dict[str, str] | None) -> Follower:
-        pairs, newer = self.pairs_section, None
-        if self.rank == 0:
-            fit = PairFit(
-                self.teacher.revision, self.teacher.latent_shape, pairs.height, pairs.width
-            )
-            holder = PinHolder(**pin) if pin else None
-            newer = NewerVersions(self.root, fit, holder, _logger.warning)
-        alone = ray.train.get_context().get_world_size() == 1
-        share = (lambda found: found) if alone else broadcast_from_rank_zero
-        return Follower(self.section, self.versions, newer, share)
-
-    def _open_pictures(self) -> PictureStream | None:
-        if not self.section.uses_gan:
-            return None
-        store, refs = open_pictures(self.section.real_pictures, self.storage)
-        height, width = (
-            side * self.teacher.pipeline.vae_scale_factor for side in self._shape()[1:]
-        )
-        seed = stable_seed(self.seed, "pictures")
-        return PictureStream(store, refs, self.teacher.encode, (height, width), seed)
-
-    def _shape(self) -> tuple[int, ...]:
-        return self.teacher.latent_shape(self.pairs_section.height, self.pairs_section.width)
-
-    def _distance(self, keys: StageKeys) -> Distance | None:
-        """The regression loss of a stage: on latents, or on what they decode to. None: it has
-        none."""
-        if not keys.needs_pairs:
-            return None
-        if keys.regression_loss in REGRESSION_LOSSES:
-            return regression_distance(keys.regression_loss)
-        trunk = self.section.perceptual_trunk or None
-        resize = self.section.perceptual_resize or None
-        measure = load_perceptual(keys.regression_loss, trunk=trunk, resize=resize)
-        measure.to(self.teacher.device)
-        return decoded(measure, load_decoder(self.teacher, keys.regression_decoder))
+        self.answered: Any = None  # the notice of preemption that was answered with a checkpoint
 
     # ------------------------------------------------------------------ the loop
 
     def run(self) -> None:
+        self._begin()
+        while not self.finished:
+            self._run_stage()
+        self.beside.advance()
+        self.data.close()
+        self.checkpoints.close()
+        self.log.close()
+        ray.train.report({"step": self.progress.step})
+
+    def _begin(self) -> None:
+        """Go on from the newest checkpoint that may be believed, or from the start."""
+        step = self.checkpoints.newest(self.health.read())
+        if step is not None:
+            self._restore(step)
         self.log = MetricsLog(
             self.store,
             resume_step=self.progress.step,
-            tensorboard=self.section.report_to == "tensorboard" and self.rank == 0,
+            trackers=self._trackers() if self.group.rank == 0 else (),
         )
         self.flush_throttle = Throttle(10.0)
+        self.health.replay(self.log.lines)
+        self.beside.resume(self.progress.step, finished=self.finished)
         if self.progress.step == 0:
-            self._validate()
-        while not self.finished:
-            self._run_stage()
-        ray.train.report({"step": self.progress.step})
+            self._show_samples()
+            if self.section.health.rolls_back:  # there must be a state to go back to
+                self._save()
 
     def _run_stage(self) -> None:
         """To the end of the current stage; its last step is logged, sampled and saved. What is
-        saved there stands at the start of the next stage: how a stage ended is not asked again."""
+        saved there stands at the start of the next stage: how a stage ended is not asked again.
+        A rollback ends it early, perhaps in an earlier stage."""
         section, last = self.section, self.progress.stage == len(self.plan) - 1
         stage, keys = self.plan[self.progress.stage]
-        self.trainer.enter_stage(stage_settings(section, keys, self._distance(keys)))
+        keys = _remedied(keys, self.health.remedies)
+        self.trainer.enter_stage(stage_settings(section, keys, self.inputs.distance(keys)))
         board_throttle = Throttle(0.5)
-        window, window_steps, started = Tally(), 0, time.monotonic()
+        window = _Window()
         over = self.progress.stage_is_over(stage, keys, None)
         while not over:
-            data = self.source.draw(self.progress, keys, self.versions.stream(keys))
+            data = self.data.draw(self.progress, keys, self.versions.stream(keys))
             tally = self.trainer.step(data, self.lr_factor(self.progress.step))
-            window.merge(tally)
-            window_steps += 1
+            window.add(tally)
             before, self.progress = self.progress, self.progress.after_step(keys)
-            step, metrics = self.progress.step, None
+            step = self.progress.step
             over = self.progress.stage_is_over(stage, keys, None)
-            if self.rank == 0 and self.board is not None and (board_throttle.ready() or over):
+            if self.board is not None and self.group.rank == 0 and (board_throttle.ready() or over):
                 self.board.set.remote(done=step, **self._shown(tally, stage.name))
             if step % section.logging_steps == 0 or over:
-                elapsed = time.monotonic() - started
-                metrics = self._mean_over_workers(window)
-                metrics["samples_per_second"] = window_steps * keys.train_batch_size / elapsed
+                metrics = self._measure(window, keys)
+                window = _Window()
                 self._log(metrics)
-                window, window_steps, started = Tally(), 0, time.monotonic()
-                over = self.progress.stage_is_over(stage, keys, metrics)
-            self.finished = over and last
-            if over and not last:
+                if self._ails(metrics):
+                    return
+                over = self.progress.stage_is_over(stage, keys, metrics) or self._to_end()
+            self.finished = over and (last or self.beside.stop())
+            if over and not self.finished:
                 self.progress = self.progress.next_stage()
             switched = None if self.finished else self.follower.follow(before, self.progress)
             if switched is not None:
+                self.data.forget()
                 self._log(switched)
             if step % section.validation_steps == 0 or over:
-                self._validate()
-            if step % section.checkpointing_steps == 0 or over:
+                self._show_samples()
+            if step % section.checkpointing_steps == 0 or over or self._is_preempted(step):
                 self._save()
-        self.finished = last  # also where there was nothing left to do
+        self.finished = last or self.finished  # also where there was nothing left to do
+
+    def _to_end(self) -> bool:
+        """Do the evaluations beside the training say that it is enough?"""
+        self.beside.advance()
+        return self.beside.stop()
+
+    def _is_preempted(self, step: int) -> bool:
+        """Is a node of this group about to be taken away, and nothing saved for it yet? Asked with
+        every log line: the answer is agreed on by all workers."""
+        if step % self.section.logging_steps:
+            return False
+        notice = ray.train.get_preemption_info()
+        if notice is None or notice == self.answered:
+            return False
+        self.answered = notice
+        _logger.warning("a node is about to be preempted: saving step %d", step)
+        return True
+
+    # ------------------------------------------------------------------ what it says
+
+    def _measure(self, window: "_Window", keys: StageKeys) -> dict[str, float]:
+        """True means of everything counted on all workers since the last line."""
+        stacked = window.tally.stacked(self.networks.world.device)
+        if self.group.size > 1:
+            torch.distributed.all_reduce(stacked)
+        metrics = window.tally.means_of(stacked)
+        elapsed = time.monotonic() - window.started
+        metrics["samples_per_second"] = window.steps * keys.train_batch_size / elapsed
+        metrics["data_wait"] = self.data.waited_s / elapsed
+        self.data.waited_s = 0.0
+        if self.trainer.nonfinite_updates:
+            metrics["nonfinite_updates"] = self.trainer.nonfinite_updates
+        return metrics | derived(metrics, self.versions.statistics())
 
     def _log(self, metrics: Mapping[str, float]) -> None:
         names = {"stage": self.progress.stage} if self.section.stages else {}
         self.log.append({"step": self.progress.step, **names, **metrics})
-        if self.rank == 0 and self.flush_throttle.ready():
+        if self.group.rank == 0 and self.flush_throttle.ready():
             self.log.flush()
 
     def _shown(self, tally: Tally, stage: str) -> dict[str, Any]:
@@ -211,26 +210,52 @@ class _DmdRun:
             shown["pairs"] = f"pairs v{self.versions.segments[-1].version}"
         return shown | ({"stage": stage} if self.section.stages else {})
 
-    def _mean_over_workers(self, window: Tally) -> dict[str, float]:
-        """True means of everything counted on all workers since the last line."""
-        if self.networks.world.size == 1:
-            return window.means()
-        names = sorted(window.sums)
-        values = torch.tensor(
-            [window.sums[name] for name in names],
-            dtype=torch.float64,
-            device=self.networks.world.device,
-        )
-        torch.distributed.all_reduce(values)
-        totals = {name: (total, n) for name, (total, n) in zip(names, values.tolist(), strict=True)}
-        return Tally(totals).means()
+    def _trackers(self) -> Sequence[Any]:
+        return open_trackers(self.section.report_to, self.store, resume_step=self.progress.step)
+
+    def _show_samples(self) -> None:
+        """Teacher above, student below, on the same noise: samples/step_*.png."""
+        if self.group.rank != 0 and not self.networks.sharded:
+            return
+        with self.networks.averaged() as student:
+            rows = self.inputs.sample_pictures.rows(student)
+        if self.group.rank == 0:
+            path = self.store.path("samples", f"step_{self.progress.step:08d}.png")
+            write_atomic(self.store.fs, path, picture_grid(rows))
+            self.log.add_picture("samples", self.progress.step, np.concatenate(rows[1], axis=1))
+
+    # ------------------------------------------------------------------ health
+
+    def _ails(self, metrics: Mapping[str, float]) -> bool:
+        """Ask the rules of a line. True: the run has gone back to an earlier state."""
+        verdict = self.health.look(self.progress.step, metrics)
+        if verdict is None:
+            return False
+        if verdict.action != "rollback":
+            self.health.record(verdict)
+            return False
+        self.checkpoints.settle()
+        goal = self.group.first(lambda: last_good(self.checkpoints.committed(), verdict) or 0)
+        self.health.record(verdict, to_step=goal)
+        self.data.forget()
+        self.checkpoints.drop_after(goal)
+        self._restore(goal)
+        self.log.rewind(goal)
+        self.health.replay(self.log.lines)
+        self.beside.resume(goal)
+        if self.group.rank == 0:
+            self.log.flush()
+        return True
+
+    def _kept_checkpoints(self, committed: Sequence[int]) -> Collection[int]:
+        return {*self.beside.kept(), *self.health.needed(committed)}
 
     # ------------------------------------------------------------------ state
 
     def _save(self) -> None:
-        if self.rank != 0:
-            return
-        self.log.flush()
+        if self.group.rank == 0:
+            self.log.flush()
+        step = self.progress.step
         state = {
             "pairs_digest": self.pins.digest,
             "pairs_segments": self.versions.state(),
@@ -239,68 +264,48 @@ class _DmdRun:
             "finished": self.finished,
             "total_steps": self.section.total_steps,
             "nonfinite_updates": self.trainer.nonfinite_updates,
+            "rollbacks": self.health.rollbacks,
         }
-        root = self.store.path(CHECKPOINTS)
-        checkpoint = Checkpoint(self.progress.step, self.networks.parts(), state)
-        save_checkpoint(self.store.fs, root, checkpoint)
-        prune_checkpoints(self.store.fs, root, keep=self.section.checkpoints_total_limit)
+        self.checkpoints.save(step, state, surely=self.finished)
+        self.beside.saving(step, finished=self.finished)
 
-    def _restore(self) -> None:
-        found = load_checkpoint(self.store.fs, self.store.path(CHECKPOINTS))
-        if found is None:
-            return
+    def _restore(self, step: int) -> None:
+        state = self.checkpoints.restore(step)
         for key, ours in (
             ("pairs_digest", self.pins.digest),
             ("teacher_revision", self.teacher.revision),
         ):
-            if found.state[key] != ours:
+            if state[key] != ours:
                 raise CheckpointError(
-                    f"checkpoint of step {found.step} in {self.store.url} has {key} "
-                    f"{found.state[key][:12]}…, expected {ours[:12]}…; use another run.dir"
+                    f"checkpoint of step {step} in {self.store.url} has {key} "
+                    f"{state[key][:12]}…, expected {ours[:12]}…; use another run.dir"
                 )
-        self.networks.load(found.parts)
-        self.trainer.nonfinite_updates = found.state["nonfinite_updates"]
-        self.progress = Progress(**found.state["progress"])
-        self.versions.restore(found.state["pairs_segments"])
-        same_plan = found.state["total_steps"] == self.section.total_steps
-        self.finished = found.state["finished"] and same_plan
+        self.trainer.nonfinite_updates = state["nonfinite_updates"]
+        self.progress = Progress(**state["progress"])
+        self.versions.restore(state["pairs_segments"])
+        same_plan = state["total_steps"] == self.section.total_steps
+        self.finished = state["finished"] and same_plan
 
-    # ------------------------------------------------------------------ pictures to look at
 
-    def _validate(self) -> None:
-        """Teacher above, student below, on the same noise: samples/step_*.png."""
-        if self.rank != 0:
-            return
-        eps, prompts, latents = self._shown_pairs(self.section.num_validation_images)
-        student = self.networks.student()
-        seeds = [stable_seed(self.seed, "samples", index) for index in range(len(prompts))]
-        noises = [eps.to(self.teacher.device)] + [
-            sample_noise(
-                [stable_seed(seed, "again", step) for seed in seeds], tuple(eps.shape[1:])
-            ).to(self.teacher.device)
-            for step in range(1, len(student.timesteps))
-        ]
-        x = student.sample(noises, self.teacher.encode_prompts(prompts))
-        rows = [self.teacher.decode(latents), self.teacher.decode(x)]
-        path = self.store.path("samples", f"step_{self.progress.step:08d}.png")
-        write_atomic(self.store.fs, path, picture_grid(rows))
-        self.log.add_picture("samples", self.progress.step, np.concatenate(rows[1], axis=1))
+def _remedied(keys: StageKeys, change: Remedies) -> StageKeys:
+    """A stage's settings after the rollbacks so far."""
+    factor = change.learning_rate_factor
+    fake_rate = keys.fake_learning_rate
+    return keys.model_copy(
+        update={
+            "fake_updates": change.fake_updates(keys.fake_updates),
+            "learning_rate": keys.learning_rate * factor,
+            "fake_learning_rate": None if fake_rate is None else fake_rate * factor,
+        }
+    )
 
-    def _shown_pairs(self, count: int) -> tuple[torch.Tensor, tuple[str, ...], torch.Tensor]:
-        """(ε, prompts, teacher's latents): stored pairs, or a few made here if there are none."""
-        if self.pins.default is not None:
-            batch = self.versions.first().batch(0, count)
-            return batch.noise.float(), batch.prompts, batch.latents
-        if not hasattr(self, "_made"):
-            prompts = read_prompts(self.pins.prompt_source, self.storage).prompts[:count]
-            seeds = [
-                stable_seed(self.seed, _SAMPLE_PROMPTS, index) for index in range(len(prompts))
-            ]
-            eps, section = sample_noise(seeds, self._shape()), self.pairs_section
-            latents = self.teacher.solve(
-                eps, prompts,
-                solver=section.solver, steps=section.steps,
-                guidance_scale=section.guidance_scale, negative_prompt=section.negative_prompt,
-            )  # fmt: skip
-            self._made = eps, tuple(prompts), latents.cpu()
-        return self._made
+
+class _Window:
+    """What happened since the last log line."""
+
+    def __init__(self) -> None:
+        self.tally, self.steps, self.started = Tally(), 0, time.monotonic()
+
+    def add(self, tally: Tally) -> None:
+        self.tally.merge(tally)
+        self.steps += 1

@@ -7,13 +7,50 @@ is not used, so every start may have a fresh Ray run name and any Ray version ma
 import os
 import uuid
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
+import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
+from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 
 from pipelines.storage import Store
+
+T = TypeVar("T")
+_RESIZE_CHECK_S = 30.0  # how often an elastic group looks for more room
+
+
+@dataclass(frozen=True)
+class Group:
+    """This worker of the group that Ray Train has started."""
+
+    rank: int
+    size: int
+
+    @staticmethod
+    def here() -> "Group":
+        context = ray.train.get_context()
+        return Group(context.get_world_rank(), context.get_world_size())
+
+    def share(self, value: T) -> T:
+        """Rank 0's value, on every worker."""
+        return value if self.size == 1 else broadcast_from_rank_zero(value)
+
+    def first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, on every worker; what it raises of ours, too: else the
+        others would wait for a worker that is gone."""
+        found: tuple[Any, Exception | None] = None, None
+        if self.rank == 0:
+            try:
+                found = make(), None
+            except RuntimeError as error:
+                found = None, error
+        value, error = self.share(found)
+        if error is not None:
+            raise error
+        return cast(T, value)
 
 
 def run_worker_group(
@@ -21,18 +58,26 @@ def run_worker_group(
     config: dict[str, Any],
     *,
     store: Store,
-    num_workers: int,
+    num_workers: int | tuple[int, int],
     cpus_per_worker: float,
     use_gpu: bool,
     max_failures: int,
+    validation: ValidationConfig | None = None,
 ) -> None:
-    """Run `loop(config)` on every worker until it returns; raises when it cannot be finished."""
+    """Run `loop(config)` on every worker until it returns; raises when it cannot be finished.
+
+    `num_workers` (least, most): elastic. The loop starts again from its checkpoint whenever the
+    group changes; `max_failures` does not count the loss of a preempted node.
+    """
     resources = {"CPU": cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     TorchTrainer(
         loop,
         train_loop_config=config,
         scaling_config=ScalingConfig(
-            num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources
+            num_workers=num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=_RESIZE_CHECK_S,
         ),
         run_config=RunConfig(
             name=uuid.uuid4().hex[:12],
@@ -40,6 +85,7 @@ def run_worker_group(
             storage_filesystem=store.arrow,
             failure_config=FailureConfig(max_failures=max_failures),
         ),
+        validation_config=validation,
     ).fit()
 
 

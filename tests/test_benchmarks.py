@@ -3,6 +3,11 @@
 import pytest
 
 from benchmarks.pair_bench import Result, compared, steady_rate
+from benchmarks.train import leaner
+from benchmarks.train_loops import rate_after
+from benchmarks.train_networks import Case, write_teacher
+from benchmarks.train_ours import ours
+from benchmarks.train_work import peak_between, weights_of
 
 
 def test_the_steady_rate_leaves_out_the_first_batch_and_what_came_before_it():
@@ -46,3 +51,42 @@ def test_a_limit_is_met_by_less_and_a_ratio_by_more():
     assert not Result("x", 60.1, None, "s", 60, False, spread).met
     assert Result("x", 1.0, 100.0, "rows/s", 0.7, True, spread, 0.7).met
     assert not Result("x", 100.0, 1.0, "rows/s", 0.7, True, spread, 0.69).met
+
+
+def test_the_rate_of_a_run_leaves_out_its_first_steps():
+    """100 samples in 1 s are not counted; then 200 in 4 s and 100 in 1 s."""
+    windows = [(10, 100.0), (30, 50.0), (40, 100.0)]
+    assert rate_after(windows, 10, 10) == pytest.approx(300 / 5)
+    with pytest.raises(ValueError, match="step 40"):
+        rate_after(windows, 40, 10)
+
+
+def test_the_peak_counts_what_was_held_before_and_not_what_was_freed_before():
+    """Bytes held: 7, then 3 at the start; 8 and 1 in the window; 21 after it. Not in order."""
+    changes = [(30, -7), (2, 7), (5, -4), (20, 5), (99, 20)]
+    assert peak_between(changes, 10, 50) == {"peak": 8, "rest": 3}
+    assert peak_between(changes, 40, 50) == {"peak": 1, "rest": 1}
+
+
+def test_less_memory_is_better():
+    found = {"ours": {"peak": 3_000_000}, "dmd2": {"peak": 4_000_000}}
+    result = leaner("x", found)
+    assert (result.measured, result.reference, result.ratio) == (3.0, 4.0, 0.75)
+    assert result.met
+    assert not leaner("x", {"ours": found["dmd2"], "dmd2": found["ours"]}).met
+
+
+def test_our_side_takes_a_step_of_every_loss(tmp_path):
+    write_teacher("tiny", tmp_path / "teacher")
+    case = Case("sd", True, "bf16", 2, 2, "tiny", str(tmp_path / "teacher"), clone="unused")
+    side = ours(case)
+    before = [next(module.parameters()).clone() for module in side.modules]
+    side.step()
+    after = [next(module.parameters()) for module in side.modules]
+    assert [bool((a != b).any()) for a, b in zip(after, before, strict=True)] == [
+        False,  # the teacher
+        True,
+        True,
+        True,
+    ]
+    assert len(weights_of(side)) == 4

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.chaos.driver import Driver
-from tests.chaos.whole import assert_whole, landed_table_ids, stored_ids
+from tests.chaos.whole import assert_settled, assert_whole, landed_table_ids, stored_ids
 
 PROMPTS, NEW, BLOCK, CPUS = 48, 24, 8, 4
 KILLS = 10
@@ -93,6 +93,7 @@ def test_a_driver_killed_at_random_instants_leaves_a_whole_data_set(
         assert kills == KILLS, f"only {kills}"
         summary = driver.finish()
         newest = assert_whole(driver.root, PROMPTS)
+        assert_settled(driver.root)
         assert stored_ids(driver.root, newest) == landed_table_ids(
             driver.root, newest["prompts_digest"]
         )

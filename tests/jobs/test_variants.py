@@ -12,8 +12,9 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from dmd_core.checkpoint import committed_steps, load_checkpoint
-from dmd_core.networks import DmdNetworks, World
+from dmd_core.networks import DmdNetworks
 from dmd_core.noise import sample_noise
+from dmd_core.parallel import World
 from dmd_core.teacher import load_teacher
 from jobs.cli import main
 from jobs.config import load_recipe

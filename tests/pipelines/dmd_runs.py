@@ -14,8 +14,9 @@ from PIL import Image
 from dmd_core.files import write_atomic
 from dmd_core.health import Tally
 from dmd_core.losses import regression_distance
-from dmd_core.networks import DmdNetworks, World
+from dmd_core.networks import DmdNetworks
 from dmd_core.noise import sample_noise
+from dmd_core.parallel import World
 from dmd_core.teacher import Teacher
 from dmd_core.trainer import DmdTrainer
 from dmd_core.types import PairBatch

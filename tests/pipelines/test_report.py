@@ -3,6 +3,7 @@
 import base64
 import copy
 import io
+import json
 import re
 from html.parser import HTMLParser
 from importlib import resources
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.plots import loss_series, picture_grid, running_mean
-from pipelines.report import ReportInputs, Source, collect_inputs, render_report
-from pipelines.report_text import findings, headline, table_rows
+from pipelines.health_record import HealthEvent, HealthRecordError, add_event
+from pipelines.images import Images
+from pipelines.plots import loss_curve, loss_series, picture_grid, running_mean
+from pipelines.report import ReportInputs, Source, collect_inputs, render_report, went_on_at
+from pipelines.report_text import findings, headline, health_lines, pair_switches, table_rows
+from pipelines.report_validation import read_validation
 from pipelines.storage import open_store
 
 TEMPLATE = resources.files("jobs").joinpath("templates/report.html.j2").read_text("utf-8")
@@ -240,6 +244,138 @@ def test_loss_series_keeps_finite_losses_with_their_steps():
 def test_run_without_metrics_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no metrics\.json; expected an evaluated run"):
         collect_inputs(open_store(str(tmp_path)), title="t", images=4)
+
+
+# ---------------------------------------------------------------------- health and validation
+
+
+def _event(kind: str, step: int, to_step: int | None = None, **changes) -> HealthEvent:
+    return HealthEvent.model_validate(
+        {"kind": kind, "rule": "sample_std below 0.3 on a logged line", "metric": "sample_std",
+         "value": 0.1234, "step": step, "to_step": to_step, "time": "t"} | changes
+    )  # fmt: skip
+
+
+_EVENTS = (
+    _event("warn", 5),
+    _event("rollback", 20, 10, fake_updates_factor=2.25, learning_rate_factor=0.5),
+    _event("rollback", 25, 0, value=None, fake_updates_factor=3.0),
+    _event("stop", 29),
+)
+
+
+def _cells(html: str) -> list[list[str]]:
+    table = html[html.index('<table class="events">') :]
+    rows = table[: table.index("</table>")].split("<tr")[2:]
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+
+
+def test_every_health_event_is_told_with_its_step_and_what_was_changed():
+    html = render_report(_inputs(events=_EVENTS), TEMPLATE)
+    rule = "the rule: sample_std below 0.3 on a logged line."
+    assert _cells(html) == [
+        ["5", "Warning", f"sample_std was 0.123; {rule}", "Training went on."],
+        ["20", "Rollback", f"sample_std was 0.123; {rule}",
+         "Training went back to step 10 and on from there with 2.25 times the recipe&#39;s "
+         "fake_updates and 0.5 times the recipe&#39;s learning rates."],
+        ["25", "Rollback", f"sample_std was not finite; {rule}",
+         "Training went back to the start and on from there with 3 times the recipe&#39;s "
+         "fake_updates."],
+        ["29", "Stop", f"sample_std was 0.123; {rule}", "Training was stopped."],
+    ]  # fmt: skip
+    assert health_lines([_event("rollback", 9, 3)])[0]["done"].endswith("the recipe's settings.")
+
+
+def test_a_run_without_events_says_so(page):
+    assert "No rule of train.health was broken" in page.text
+    assert "Dashed" not in page.text and "Measured while it trained" not in page.text
+
+
+def test_rollbacks_are_marked_where_training_went_on():
+    events = (_event("rollback", 20, 10), _event("warn", 12), _event("rollback", 25, 15))
+    assert went_on_at(events) == [10, 15]
+    assert went_on_at((*events, _event("rollback", 28, 12))) == [10, 12]  # 15 was given up
+    assert went_on_at(_EVENTS) == [0]
+    html = render_report(_inputs(events=events), TEMPLATE)
+    assert "Dashed: where training went on after a rollback" in html
+    curve = html[html.index('aria-label="loss_dm over') :]
+    assert curve[: curve.index("</svg>")].count('id="mark"') == 2
+
+
+def _line_x(svg: str, gid: str) -> list[float]:
+    """Where the vertical lines of this id stand, in the picture's units."""
+    return [float(x) for x in re.findall(rf'<g id="{gid}">\s*<path d="M ([\d.]+) ', svg)]
+
+
+def test_a_mark_stands_at_its_step():
+    svg = loss_curve([0, 10, 20, 30, 40], [1.0, 1.0, 1.0, 1.0, 1.0], "l", [10, 30])
+    (first, second) = _line_x(svg, "mark")
+    ticks = dict(re.findall(r'<text [^>]* x="([\d.]+)"[^>]*>(\d+)</text>', svg))
+    places = {int(label): float(x) for x, label in ticks.items()}
+    assert (first, second) == (pytest.approx(places[10]), pytest.approx(places[30]))
+
+
+def test_the_running_mean_does_not_mix_both_sides_of_a_rollback():
+    def heights(marks: list[int]) -> set[str]:
+        svg = loss_curve([10, 20, 30, 40], [1.0, 1.0, 5.0, 5.0], "l", marks)
+        paths = re.findall(r'<path d="(M [^"]*?)" clip-path="[^"]*" style="fill: none; stroke: var'
+                           r'\(--accent\); stroke-width: 1\.5', svg)  # fmt: skip
+        return {y for path in paths for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", path)}
+
+    assert len(heights([20])) == 2 and len(heights([])) > 2
+
+
+def test_switches_of_the_pairs_are_told():
+    records = [{"step": 4, "loss_dm": 1.0}, {"step": 4, "pairs_version": 2, "pairs_rows": 64}]
+    assert pair_switches(records) == [
+        "After step 4 it read version 2 of the pairs (64 rows)."
+    ]  # fmt: skip
+    assert "version 2 of the pairs" in render_report(_inputs(records=records), TEMPLATE)
+
+
+def _write_validation(run, step: int, metrics: dict | None, inputs: str = "a") -> None:
+    content = {"step": step, "metrics": metrics, "provenance": {"inputs": inputs}}
+    path = run.path("validation", f"step_{step:08d}.json")
+    run.fs.makedirs(run.path("validation"), exist_ok=True)
+    run.fs.pipe_file(path, json.dumps(content).encode())
+
+
+def test_what_was_measured_while_it_trained_is_drawn(tmp_path):
+    run = open_store(str(tmp_path))
+    _write_validation(run, 100, {"kid": _estimate(0.9)}, inputs="other prompts")
+    _write_validation(run, 200, {"kid": _estimate(0.5), "rmse": _estimate(0.2)})
+    _write_validation(run, 300, None)
+    _write_validation(run, 400, {"kid": _estimate(0.25), "rmse": None, "retrieval": {"value": 1}})
+    run.fs.pipe_file(run.path("validation", "notes.txt"), b"no result")
+    run.fs.pipe_file(run.path("best.json"), b'{"step": 400, "metric": "kid", "value": 0.25}')
+    validation = read_validation(run)
+    assert validation.results == {
+        200: {"kid": _estimate(0.5), "rmse": _estimate(0.2)},
+        400: {"kid": _estimate(0.25)},
+    }
+    page = _Page(render_report(_inputs(validation=validation), TEMPLATE))
+    text = re.sub(r"\s+", " ", page.text)
+    assert "Best by KID: step 400, with 0.25." in text
+    assert "The evaluation of step 300 failed." in text
+    labels = [svg["aria-label"] or "" for svg in page.all("svg")]
+    assert sum("(KID)" in label and "over training steps" in label for label in labels) == 1
+    assert sum("RMSE" in label for label in labels) == 1
+    assert not any("retrieval" in label for label in labels)
+
+
+def test_a_run_is_collected_with_its_health_and_validation(tmp_path, monkeypatch):
+    run = open_store(str(tmp_path))
+    nothing = np.zeros((1, 1), np.float32)
+    images = Images(("fox",), (1,), latents=nothing, pictures=_pictures(1), features=nothing)
+    monkeypatch.setattr("pipelines.report.read_images", lambda *_: images)
+    run.fs.pipe_file(run.path("metrics.json"), json.dumps(_metrics()).encode())
+    add_event(run, _EVENTS[0])
+    _write_validation(run, 200, {"kid": _estimate(0.5)})
+    inputs = collect_inputs(run, title="t", images=4)
+    assert inputs.events == _EVENTS[:1] and list(inputs.validation.results) == [200]
+    run.fs.pipe_file(run.path("health.json"), b"{")
+    with pytest.raises(HealthRecordError, match=r"health\.json"):
+        collect_inputs(run, title="t", images=4)
 
 
 def test_grid_shows_every_picture_pixel_for_pixel():

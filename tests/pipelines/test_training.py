@@ -12,9 +12,10 @@ from dmd_core.teacher import load_teacher, teacher_revision
 from pipelines.config import PairsSection, StorageSection
 from pipelines.dataset_pins import read_pins
 from pipelines.manifest import Manifest, load_manifest
+from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store, open_store
 from pipelines.train_config import TrainSection
-from pipelines.training import CHECKPOINTS, train_loop
+from pipelines.training import train_loop
 from pipelines.workers import run_worker_group
 from tests.pipelines.dmd_runs import seal_pairs, write_pictures
 
@@ -167,7 +168,7 @@ def test_two_workers_equal_one_for_dmd2_with_gan_and_stages(train, tmp_path):
     two = _losses(two_store)
     assert [line["stage"] for line in one] == [0, 1, 1]
     assert {"loss_gan", "loss_r1", "loss_discriminator"} <= one[1].keys()
-    timing = {"samples_per_second"}
+    timing = {"samples_per_second", "data_wait"}
     for ours, theirs in zip(two, one, strict=True):
         assert ours.keys() == theirs.keys()
         for key in ours.keys() - timing:

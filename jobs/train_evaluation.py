@@ -1,0 +1,48 @@
+"""The evaluation beside a training, as `dmd train` asks for it."""
+
+from jobs.config import resolve_shipped
+from jobs.errors import Exit, JobError
+from jobs.session import Session
+from pipelines.beside import finish_evaluations, unplaceable
+from pipelines.beside_results import pending_evaluations
+from pipelines.beside_task import EvaluationTask, evaluation_task
+from pipelines.prompts import read_prompts
+
+
+def training_evaluation(session: Session) -> EvaluationTask | None:
+    """None: the recipe asks for none. Fails at the door where none could ever run. Ray must be
+    initialised."""
+    import ray
+
+    from dmd_core.teacher import teacher_revision
+
+    recipe = session.recipe
+    section = recipe.train.evaluation
+    if not section.steps:
+        return None
+    why_not = unplaceable(section, ray.cluster_resources())
+    if why_not:
+        raise JobError(why_not, Exit.REFUSED)
+    return evaluation_task(
+        section,
+        recipe.train,
+        evaluate=recipe.evaluate,
+        pairs=recipe.pairs,
+        storage=recipe.storage,
+        run=session.store.url,
+        teacher=session.teacher_url,
+        teacher_revision=teacher_revision(session.teacher_dir),
+        prompts=read_prompts(resolve_shipped(recipe.evaluate.prompts), recipe.storage).prompts,
+    )
+
+
+def settle_evaluations(session: Session, steps: list[int]) -> int:
+    """Do what a finished training still owes, because it was killed while it waited; how many."""
+    if not session.recipe.train.evaluation.steps:
+        return 0
+    session.start_ray()
+    task = training_evaluation(session)
+    assert task is not None
+    due = pending_evaluations(session.store, steps, task.settings, task.inputs, finished=True)
+    finish_evaluations(task, due)
+    return len(due)

@@ -1,0 +1,196 @@
+"""One evaluation beside a training: a checkpoint's student against its teacher, in one process.
+
+It samples without Ray Data: a task that held its resources and waited for an actor with resources
+of its own would wait for ever on a cluster that has nothing else free.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dmd_core.files import write_atomic
+from dmd_core.gallery import load_gallery
+from dmd_core.teacher import load_teacher
+from pipelines import images
+from pipelines.beside_results import Evaluated
+from pipelines.beside_settings import EvaluationSection
+from pipelines.config import EvaluateSection, PairsSection, StorageSection
+from pipelines.evaluation import FOLDER, held_out, measure_system, usable_gallery
+from pipelines.run_folder import CHECKPOINTS
+from pipelines.storage import Store, local_copy, open_store
+from pipelines.student_export import export_checkpoint, load_student, weights_kind
+from pipelines.systems import (
+    STUDENT,
+    TEACHER,
+    TEACHER_AGAIN,
+    Images,
+    Networks,
+    SamplingPlan,
+    SystemSampler,
+)
+from pipelines.train_config import TrainSection
+from pipelines.workers import set_threads
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """All that an evaluation is a function of, beside the step; plain JSON. `inputs`: digest of
+    what decides the teacher's pictures. Results of one digest may be compared."""
+
+    run: str
+    teacher: str
+    teacher_revision: str
+    inputs: str
+    prompts: tuple[str, ...]
+    section: Mapping[str, Any]
+    evaluate: Mapping[str, Any]
+    pairs: Mapping[str, Any]
+    train: Mapping[str, Any]
+    storage: Mapping[str, Any]
+
+    @property
+    def settings(self) -> EvaluationSection:
+        return EvaluationSection.model_validate(self.section)
+
+    def store(self) -> Store:
+        return open_store(self.run, StorageSection.model_validate(self.storage))
+
+    def plan(self) -> SamplingPlan:
+        train = TrainSection.model_validate(self.train)
+        return SamplingPlan.from_sections(
+            EvaluateSection.model_validate(self.evaluate),
+            PairsSection.model_validate(self.pairs),
+            train.student_timesteps,
+        )
+
+
+def evaluation_task(
+    section: EvaluationSection,
+    train: TrainSection,
+    *,
+    evaluate: EvaluateSection,
+    pairs: PairsSection,
+    storage: StorageSection,
+    run: str,
+    teacher: str,
+    teacher_revision: str,
+    prompts: tuple[str, ...],
+) -> EvaluationTask | None:
+    """None: the recipe asks for no evaluation. `prompts`: the held-out ones; `run` and `teacher`
+    are URLs. Raises ValueError for too few prompts."""
+    if not section.steps:
+        return None
+    chosen = held_out(prompts, section.max_prompts)
+    plan = SamplingPlan.from_sections(evaluate, pairs, train.student_timesteps)
+    files = images.image_files(
+        plan, chosen, [TEACHER], mean=None, teacher_revision=teacher_revision, student_revision=""
+    )
+    return EvaluationTask(
+        run,
+        teacher,
+        teacher_revision,
+        files[TEACHER].split("/")[0],
+        chosen,
+        *(part.model_dump(mode="json") for part in (section, evaluate, pairs, train, storage)),
+    )
+
+
+def measurable(section: EvaluationSection, teacher: str, prompts: tuple[str, ...]) -> str:
+    """Why the chosen metric cannot be measured with this teacher (a local folder); "": it can."""
+    if section.metric != "retrieval":
+        return ""
+    gallery = load_gallery(teacher)
+    if gallery is None:
+        return "train.evaluation.metric is retrieval, but the teacher's folder has no gallery"
+    if not set(gallery.captions) & set(prompts):
+        return "train.evaluation.metric is retrieval, but no prompt names a picture of the gallery"
+    return ""
+
+
+def evaluate_checkpoint(task: EvaluationTask, step: int) -> Evaluated:
+    """Export the student of the checkpoint `step`, sample it, measure it."""
+    section, run = task.settings, task.store()
+    threads = max(1, int(section.num_cpus))
+    set_threads(threads)
+    device = "cuda" if section.num_gpus else "cpu"
+    storage = StorageSection.model_validate(task.storage)
+    with tempfile.TemporaryDirectory(prefix="dmd-evaluate-") as folder:
+        teacher = local_copy(open_store(task.teacher, storage), str(Path(folder) / "teacher"))
+        student = str(Path(folder) / "student")
+        weights = _export(task, run, step, teacher, student)
+        networks = Networks(teacher, student, storage, device=device, threads=threads)
+        found = teacher_pictures(task, run, networks)
+        found[STUDENT] = _sample_student(task, networks)
+        gallery, _ = usable_gallery(load_gallery(teacher), found[TEACHER])
+    confidence = EvaluateSection.model_validate(task.evaluate).confidence
+    metrics = measure_system(STUDENT, found, gallery, confidence)
+    provenance = {
+        "inputs": task.inputs,
+        "prompts": len(task.prompts),
+        "confidence": confidence,
+        "weights": weights,
+        "teacher_revision": task.teacher_revision,
+        "plan": asdict(task.plan()),
+    }
+    return Evaluated(step, metrics | {"retrieval": _share(metrics["retrieval"])}, provenance)
+
+
+def teacher_pictures(task: EvaluationTask, run: Store, networks: Networks) -> dict[str, Images]:
+    """The teacher's pictures and the reference draw: made once, where `dmd evaluate` keeps its
+    own, and shared with it where it takes the same prompts."""
+    plan, root = task.plan(), run.at(FOLDER)
+    files = images.image_files(
+        plan, task.prompts, [TEACHER, TEACHER_AGAIN],
+        mean=None, teacher_revision=task.teacher_revision, student_revision="",
+    )  # fmt: skip
+    missing = {s: path for s, path in files.items() if not root.fs.exists(root.path(path))}
+    actor = images._SamplerActor(plan, networks) if missing else None
+    for system, path in missing.items():
+        assert actor is not None
+        batches = images._batches([system], task.prompts, plan)
+        table = pa.concat_tables([actor(batch) for batch in batches])
+        write_atomic(root.fs, root.path(path), images._parquet(table))
+    return {system: images.read_images(root, path) for system, path in files.items()}
+
+
+def _export(task: EvaluationTask, run: Store, step: int, teacher_dir: str, target: str) -> str:
+    """Write the student's folder; returns which weights it has."""
+    checkpoint = load_student(run, CHECKPOINTS, step)
+    teacher = load_teacher(teacher_dir)
+    if teacher.revision != task.teacher_revision:
+        raise ValueError(
+            f"{task.teacher} has revision {teacher.revision[:12]}…, this run was started with "
+            f"{task.teacher_revision[:12]}…"
+        )
+    train = TrainSection.model_validate(task.train)
+    export_checkpoint(teacher, checkpoint, target, train, {"step": step})
+    return weights_kind(checkpoint)
+
+
+def _sample_student(task: EvaluationTask, networks: Networks) -> Images:
+    """Not stored: pictures of a checkpoint that soon is gone."""
+    plan = task.plan()
+    sampler, seeds = SystemSampler(plan, networks), plan.seeds(STUDENT, task.prompts)
+    parts = [
+        sampler(STUDENT, task.prompts[at : at + plan.batch_size], seeds[at : at + plan.batch_size])
+        for at in range(0, len(seeds), plan.batch_size)
+    ]
+    arrays = [
+        np.concatenate([getattr(part, name) for part in parts])
+        for name in ("latents", "pictures", "features")
+    ]
+    return Images(task.prompts, tuple(seeds), *arrays)
+
+
+def _share(found: list[dict[str, Any]] | None) -> dict[str, Any] | None:
+    """The share at the smallest k, in the form of the other metrics."""
+    if not found:
+        return None
+    first = min(found, key=lambda entry: entry["k"])
+    rest = {key: first[key] for key in ("k", "chance", "counted")}
+    return first["share"] | rest

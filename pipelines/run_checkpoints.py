@@ -1,0 +1,134 @@
+"""The checkpoints of a training run: saved in the background, restored on any group of workers.
+
+Which of them may be believed is decided by their markers and by the run's record of rollbacks
+(`health_record`), on rank 0; every worker hears it.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from dmd_core.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointSaver,
+    collect_orphans,
+    committed_steps,
+    prune_checkpoints,
+    read_state,
+    remove_checkpoint,
+    restore_checkpoint,
+    stored_tensors,
+)
+from dmd_core.networks import DmdNetworks
+from pipelines.health_record import HealthEvent, believed
+from pipelines.run_folder import CHECKPOINTS
+from pipelines.storage import Store
+from pipelines.workers import Group
+
+_MOST_FAILURES = 3  # saves in a row that may fail before training stops for it
+_LAST_PAUSES_S = (5.0, 15.0, 40.0, 60.0)  # a store may be gone for a minute or two
+_logger = logging.getLogger(__name__)
+
+
+class RunCheckpoints:
+    """Every worker has one, and calls the same methods at the same points of the loop.
+
+    `keep`: the newest so many stay, and those of the committed ones that `also` names (asked on
+    rank 0, in the background thread).
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        networks: DmdNetworks,
+        group: Group,
+        *,
+        keep: int,
+        also: Callable[[Sequence[int]], Collection[int]],
+    ) -> None:
+        self._fs, self._root = store.fs, store.path(CHECKPOINTS)
+        self._networks, self._group = networks, group
+        self._keep, self._also = keep, also
+        self._saver = self._open()
+        self._failures = 0
+
+    def newest(self, events: Sequence[HealthEvent]) -> int | None:
+        """The newest step that may be believed; what may not, and what a kill left half-written,
+        is removed. None: there is none yet."""
+        return self._group.first(lambda: self._trusted(events))
+
+    def committed(self) -> list[int]:
+        return committed_steps(self._fs, self._root)
+
+    def restore(self, step: int) -> dict[str, Any]:
+        """The networks' state from the checkpoint of `step`; returns the rest of it."""
+        alone = self._group.size == 1
+        targets = self._networks.targets(stored_tensors(self._fs, self._root, step))
+        state = restore_checkpoint(self._fs, self._root, step, targets, alone=alone)
+        self._networks.load(targets)
+        return state
+
+    def save(self, step: int, state: dict[str, Any], *, surely: bool = False) -> None:
+        """Begin to save; the save before it is over then, for better or worse. A few failures in a
+        row are warnings, for the next one may succeed; then `CheckpointError`. `surely`: wait, and
+        try for some minutes: what is not stored now is lost."""
+        pauses = (*_LAST_PAUSES_S, None) if surely else (None,)
+        for pause in pauses:
+            self._saver.save(Checkpoint(step, self._networks.parts(), state), then=self._prune)
+            if not surely:
+                return self._count_failure()
+            try:
+                return self._saver.wait()
+            except CheckpointError as error:
+                if pause is None:
+                    raise
+                _logger.warning("%s; trying again in %g s", error, pause)
+                time.sleep(pause)
+
+    def settle(self) -> None:
+        """Wait for the save that is under way, whether it succeeds or not."""
+        self._reopen()
+
+    def drop_after(self, step: int) -> None:
+        """Forget what was saved after `step`; the caller goes back there."""
+        self._reopen()  # what is on its way may be of a step to be forgotten
+        self._group.first(lambda: self._remove_after(step))
+
+    def close(self) -> None:
+        self._saver.close()
+
+    def _reopen(self) -> None:
+        self._saver.close()
+        self._saver = self._open()
+
+    def _open(self) -> CheckpointSaver:
+        return CheckpointSaver(self._fs, self._root, alone=self._group.size == 1)
+
+    def _trusted(self, events: Sequence[HealthEvent]) -> int | None:
+        collect_orphans(self._fs, self._root)
+        steps = self.committed()
+        counts = {s: read_state(self._fs, self._root, s).get("rollbacks", 0) for s in steps}
+        trusted = believed(events, counts)
+        for step in set(steps) - set(trusted):
+            remove_checkpoint(self._fs, self._root, step)
+        return trusted[-1] if trusted else None
+
+    def _remove_after(self, step: int) -> None:
+        for later in self.committed():
+            if later > step:
+                remove_checkpoint(self._fs, self._root, later)
+
+    def _prune(self) -> None:
+        prune_checkpoints(self._fs, self._root, self._keep, self._also(self.committed()))
+
+    def _count_failure(self) -> None:
+        failed = self._saver.failed()
+        self._failures = 0 if failed is None else self._failures + 1
+        if failed is None:
+            return
+        if self._failures >= _MOST_FAILURES:
+            raise failed
+        if self._group.rank == 0:
+            _logger.warning("%s; training goes on, the next save is tried", failed)

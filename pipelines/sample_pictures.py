@@ -1,0 +1,65 @@
+"""Pictures to look at while a run trains: the teacher's above, the student's below, on the same
+noise and prompts throughout the run."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from dmd_core.noise import sample_noise, stable_seed
+from dmd_core.student import Student
+from dmd_core.teacher import Teacher
+from pipelines.config import PairsSection
+from pipelines.following import PairVersions
+
+_PROMPTS = "prompts of the sample pictures"
+Shown = tuple[torch.Tensor, tuple[str, ...], torch.Tensor]
+
+
+class SamplePictures:
+    """Of the first stored pairs; of the first `prompts` where the run reads no pairs."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        section: PairsSection,
+        versions: PairVersions,
+        prompts: Sequence[str],
+        *,
+        count: int,
+        seed: int,
+    ) -> None:
+        self._teacher, self._section, self._versions = teacher, section, versions
+        self._prompts, self._count, self._seed = tuple(prompts[:count]), count, seed
+
+    def rows(self, student: Student) -> list[np.ndarray]:
+        """[the teacher's, the student's], each (N,H,W,3) uint8."""
+        eps, prompts, latents = self._shown
+        device = self._teacher.device
+        seeds = [stable_seed(self._seed, "samples", index) for index in range(len(prompts))]
+        noises = [eps.to(device)] + [
+            sample_noise(
+                [stable_seed(seed, "again", step) for seed in seeds], tuple(eps.shape[1:])
+            ).to(device)
+            for step in range(1, len(student.timesteps))
+        ]
+        x = student.sample(noises, self._teacher.encode_prompts(prompts))
+        return [self._teacher.decode(latents), self._teacher.decode(x)]
+
+    @cached_property
+    def _shown(self) -> Shown:
+        """(ε, prompts, the teacher's latents)."""
+        if self._versions.segments:
+            batch = self._versions.first().batch(0, self._count)
+            return batch.noise.float(), batch.prompts, batch.latents
+        section, count = self._section, len(self._prompts)
+        seeds = [stable_seed(self._seed, _PROMPTS, index) for index in range(count)]
+        shape = self._teacher.latent_shape(section.height, section.width)
+        eps = sample_noise(seeds, shape)
+        latents = self._teacher.solve(
+            eps, self._prompts,
+            solver=section.solver, steps=section.steps,
+            guidance_scale=section.guidance_scale, negative_prompt=section.negative_prompt,
+        )  # fmt: skip
+        return eps, self._prompts, latents.cpu()

@@ -1,0 +1,243 @@
+"""The training log and what it shows in TensorBoard and Weights & Biases, each read back."""
+
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from pipelines.metrics_log import MetricsLog
+from pipelines.storage import Store, open_store
+from pipelines.trackers import check_trackers, open_trackers, tracker_names
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return open_store(str(tmp_path / "run"))
+
+
+def _open(store: Store, resume_step: int = 0, report_to="tensorboard") -> MetricsLog:
+    trackers = open_trackers(report_to, store, resume_step=resume_step)
+    return MetricsLog(store, resume_step=resume_step, trackers=trackers)
+
+
+def _written(store: Store) -> list[dict]:
+    content = store.fs.cat_file(store.path("metrics.jsonl"))
+    return [json.loads(line) for line in content.splitlines()]
+
+
+def _tensorboard(store: Store, tag: str) -> dict[int, float]:
+    """step → value as TensorBoard shows it: a start with a step hides what was written before at
+    that step or later."""
+    from tensorboardX.proto import event_pb2
+
+    shown: dict[int, float] = {}
+    for path in sorted(store.fs.ls(store.path("tensorboard"), detail=False)):
+        data, at = store.fs.cat_file(path), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+            at += 12 + length + 4
+            if event.HasField("session_log"):
+                shown = {step: value for step, value in shown.items() if step < event.step}
+            for value in event.summary.value:
+                if value.tag == tag:
+                    shown[event.step] = value.simple_value
+    return shown
+
+
+# ---------------------------------------------------------------------- the file
+
+
+def test_lines_after_the_resumed_step_are_gone(store):
+    log = _open(store, report_to="none")
+    for step in (10, 20, 30):
+        log.append({"step": step, "loss_dm": float(step)})
+    log.flush()
+    resumed = _open(store, 20, "none")
+    assert [line["step"] for line in resumed.lines] == [10, 20]
+    resumed.append({"step": 30, "loss_dm": 0.5})
+    resumed.flush()
+    assert [line["loss_dm"] for line in _written(store)] == [10.0, 20.0, 0.5]
+
+
+def test_what_is_not_finite_is_null(store):
+    log = _open(store)
+    log.append({"step": 1, "a": float("nan"), "b": float("inf"), "c": 1})
+    log.flush()
+    log.close()
+    assert _written(store) == [{"step": 1, "a": None, "b": None, "c": 1}] == list(log.lines)
+    assert _tensorboard(store, "train/a") == {} and _tensorboard(store, "train/c") == {1: 1.0}
+
+
+# ---------------------------------------------------------------------- TensorBoard
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_tensorboard_shows_only_what_a_rollback_and_a_resume_left(tmp_path, remote):
+    """On the disk, and on a store that is none; all within one second, as it happens."""
+    store = open_store(str(tmp_path / "run"))
+    if remote:
+        store = Store(fsspec.filesystem("memory"), f"/{tmp_path.name}/run")
+    log = _open(store)
+    for step in (10, 20, 30):
+        log.append({"step": step, "loss_dm": float(step)})
+    log.rewind(10)
+    assert [line["step"] for line in log.lines] == [10]
+    log.append({"step": 20, "loss_dm": 0.5})
+    log.flush()
+    log.close()
+    assert _tensorboard(store, "train/loss_dm") == {10: 10.0, 20: 0.5}
+    lost = _open(store, 20)
+    lost.append({"step": 30, "loss_dm": 0.25})
+    lost.close()
+    resumed = _open(store, 20)
+    resumed.append({"step": 25, "loss_dm": 2.0})
+    resumed.add_scalars(25, {"validation/kid": 0.125})
+    resumed.flush()
+    resumed.close()
+    assert _tensorboard(store, "train/loss_dm") == {10: 10.0, 20: 0.5, 25: 2.0}
+    assert _tensorboard(store, "validation/kid") == {25: 0.125}
+    assert [line["step"] for line in _written(store)] == [10, 20, 25]
+
+
+def test_pictures_reach_tensorboard(store):
+    from tensorboardX.proto import event_pb2
+
+    log = _open(store)
+    log.add_picture("samples", 7, np.full((4, 6, 3), 200, np.uint8))
+    log.close()
+    (path,) = store.fs.ls(store.path("tensorboard"), detail=False)
+    data, at, sizes = store.fs.cat_file(path), 0, []
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
+        at += 12 + length + 4
+        sizes += [(event.step, v.tag, v.image.height, v.image.width) for v in event.summary.value]
+    assert sizes == [(7, "samples", 4, 6)]
+
+
+# ---------------------------------------------------------------------- Weights & Biases
+
+_WANDB_RUN = """
+import sys
+import numpy as np
+from pipelines.metrics_log import MetricsLog
+from pipelines.storage import open_store
+from pipelines.trackers import open_trackers
+
+store, resume_step = open_store(sys.argv[1]), int(sys.argv[2])
+trackers = open_trackers(["wandb", "tensorboard"], store, resume_step=resume_step)
+log = MetricsLog(store, resume_step=resume_step, trackers=trackers)
+for step in (10, 20, 30):
+    log.append({"step": resume_step + step, "loss_dm": 1 / step, "loss_reg": float("nan")})
+log.rewind(resume_step + 20)
+log.append({"step": resume_step + 30, "loss_dm": 0.75})
+log.add_picture("samples", resume_step + 30, np.zeros((4, 4, 3), np.uint8))
+log.flush()
+log.close()
+"""
+
+
+def _train_with_wandb(tmp_path: Path, resume_step: int, port: int, **environment: str) -> None:
+    """In a process of its own: wandb keeps what it read of the environment for a process's life."""
+    ours = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    ours |= {
+        "WANDB_MODE": "offline",
+        "WANDB_BASE_URL": f"http://127.0.0.1:{port}",
+        "HOME": str(tmp_path / "home"),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    command = [sys.executable, "-c", _WANDB_RUN, str(tmp_path / "my-run"), str(resume_step)]
+    done = subprocess.run(
+        command, env=ours | environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def _wandb_records(file: Path) -> Iterator:
+    """The protobuf records of a `.wandb` file: LevelDB's log format in blocks of 32 KiB, after a
+    header of 7 bytes that counts as part of the first block."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data = file.read_bytes()
+    assert data[:4] == b":W&B"
+    at, parts = 7, b""
+    while at < len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def _wandb_history(file: Path, key: str) -> list[tuple[int, float]]:
+    """(step, value) of every line of the history that holds `key`."""
+    found = []
+    for record in _wandb_records(file):
+        if record.HasField("history"):
+            items = {i.key or ".".join(i.nested_key): i.value_json for i in record.history.item}
+            if key in items:
+                found.append((json.loads(items["step"]), json.loads(items[key])))
+    return found
+
+
+def test_wandb_offline_holds_the_numbers_of_one_run_across_a_resume(tmp_path):
+    pytest.importorskip("wandb")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        _train_with_wandb(tmp_path, 0, port)
+        _train_with_wandb(tmp_path, 20, port, WANDB_PROJECT="theirs")
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            server.accept()  # nothing asked the server that the environment named
+    run = tmp_path / "my-run"
+    identity = json.loads((run / "wandb.json").read_text())["id"]
+    folders = sorted((run / "wandb").glob("offline-run-*"))
+    first, second = (folder / f"run-{identity}.wandb" for folder in folders)
+    expected = [(10, 1 / 10), (20, 1 / 20), (30, 1 / 30), (30, 0.75)]
+    assert _wandb_history(first, "train/loss_dm") == expected
+    assert [step for step, _ in _wandb_history(second, "train/loss_dm")] == [30, 40, 50, 50]
+    assert _wandb_history(first, "train/loss_reg") == []
+    ((step, path),) = _wandb_history(first, "samples.path")
+    assert step == 30 and path.startswith("media/images/samples")
+    named = [next(r.run for r in _wandb_records(f) if r.HasField("run")) for f in (first, second)]
+    assert [(r.run_id, r.project, r.display_name) for r in named] == [
+        (identity, "one-step-dmd", "my-run"),
+        (identity, "theirs", "my-run"),
+    ]
+    assert _tensorboard(open_store(str(run)), "train/loss_dm")[30] == pytest.approx(1 / 10)
+
+
+def test_a_torn_run_id_is_named(store):
+    pytest.importorskip("wandb")
+    from pipelines.trackers import _run_id
+
+    store.fs.makedirs(store.root)
+    store.fs.pipe_file(store.path("wandb.json"), b"{")
+    with pytest.raises(ValueError, match=r"run/wandb\.json does not hold"):
+        _run_id(store, None)
+
+
+# ---------------------------------------------------------------------- the door
+
+
+def test_trackers_are_checked_at_the_door(monkeypatch):
+    assert tracker_names("none") == () and tracker_names(("wandb", "wandb")) == ("wandb",)
+    with pytest.raises(ValueError, match="none stands alone"):
+        check_trackers(("none", "wandb"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    check_trackers("tensorboard")
+    with pytest.raises(ValueError, match=r"report_to: wandb needs .*one-step-dmd\[wandb\]"):
+        check_trackers(["tensorboard", "wandb"])
