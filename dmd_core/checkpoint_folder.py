@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,17 +19,6 @@ from dmd_core.checkpoint_format import (
     parse_marker,
 )
 from dmd_core.files import is_local, join
-
-
-def storage_errors() -> tuple[type[Exception], ...]:
-    """What a store raises: as replies, and from below them (botocore, its HTTP client)."""
-    if "botocore" not in sys.modules:  # nothing remote was opened
-        return (OSError,)
-    from aiohttp import ClientError
-    from botocore.exceptions import BotoCoreError
-    from botocore.parsers import ResponseParserError
-
-    return (OSError, BotoCoreError, ClientError, ResponseParserError)
 
 
 def read_bytes(fs: AbstractFileSystem, path: str) -> bytes:

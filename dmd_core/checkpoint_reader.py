@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from dmd_core.checkpoint_folder import MarkedFolder, storage_errors
+from dmd_core.checkpoint_folder import MarkedFolder
 from dmd_core.checkpoint_format import DTYPE_NAMES, Parts, StoredChunk, UntrustedError
-from dmd_core.files import join
+from dmd_core.files import join, store_errors
 
 
 class FolderReader(StorageReader):
@@ -58,7 +58,7 @@ class FolderReader(StorageReader):
             for name, reads in sorted(by_file.items()):
                 with self.folder.verified(name) as local:
                     self._read_file(name, local, reads, planner)
-        except storage_errors() as error:
+        except store_errors() as error:
             self.failure = error
             raise OSError(f"{type(error).__name__}: {error}") from error
         done: Future[None] = Future()

@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.tensor import DTensor
 
-from dmd_core.checkpoint_folder import storage_errors
 from dmd_core.checkpoint_format import (
     DTYPE_NAMES,
     CheckpointError,
@@ -32,6 +31,7 @@ from dmd_core.checkpoint_format import (
 )
 from dmd_core.checkpoint_ranks import Ranks, failure_of
 from dmd_core.checkpoint_writer import FolderWriter
+from dmd_core.files import store_errors
 
 # One process alone is one of our cases, and nothing to warn of at every save.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
@@ -120,7 +120,7 @@ class CheckpointSaver:
         path = write(self._fs, self._root, staged, self._ranks)
         try:
             self._ranks.share(then or (lambda: None))
-        except (CheckpointError, *storage_errors()) as error:
+        except (CheckpointError, *store_errors()) as error:
             raise CheckpointError(
                 f"{path} is saved, but what should follow failed: {error}"
             ) from error

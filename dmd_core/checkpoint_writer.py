@@ -27,7 +27,6 @@ from dmd_core.checkpoint_folder import (
     check_size,
     digest,
     remove_folder,
-    storage_errors,
     sync_folder,
 )
 from dmd_core.checkpoint_format import (
@@ -42,7 +41,7 @@ from dmd_core.checkpoint_format import (
     marker_json,
     part_file,
 )
-from dmd_core.files import is_local, join, write_atomic
+from dmd_core.files import is_local, join, store_errors, write_atomic
 
 
 class FolderWriter(StorageWriter):
@@ -129,9 +128,9 @@ class FolderWriter(StorageWriter):
         try:
             write_atomic(self.fs, path, marker)
             sync_folder(self.fs, self.path)
-        except storage_errors():
+        except store_errors():
             if is_local(self.fs):
-                with suppress(*storage_errors()):
+                with suppress(*store_errors()):
                     self.fs.rm_file(path)
                 raise
             if not _holds(self.fs, path, marker):
@@ -142,7 +141,7 @@ class FolderWriter(StorageWriter):
         """Keep what the store raises, and raise what can be sent to the other ranks."""
         try:
             yield
-        except storage_errors() as error:
+        except store_errors() as error:
             self.failure = error
             raise OSError(f"{type(error).__name__}: {error}") from error
 
@@ -150,7 +149,7 @@ class FolderWriter(StorageWriter):
 def _holds(fs: AbstractFileSystem, path: str, raw: bytes) -> bool:
     try:
         return fs.cat_file(path) == raw
-    except storage_errors():
+    except store_errors():
         return False
 
 

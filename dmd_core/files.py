@@ -1,6 +1,7 @@
 """Files that are either whole or absent, on any fsspec filesystem."""
 
 import os
+import sys
 import uuid
 from collections.abc import Callable
 
@@ -14,6 +15,17 @@ def is_local(fs: AbstractFileSystem) -> bool:
 
 def join(root: str, *parts: str) -> str:
     return "/".join([root.rstrip("/"), *parts])
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What a store raises: as replies, and from below them (botocore, its HTTP client)."""
+    if "botocore" not in sys.modules:  # nothing remote was opened
+        return (OSError,)
+    from aiohttp import ClientError
+    from botocore.exceptions import BotoCoreError
+    from botocore.parsers import ResponseParserError
+
+    return (OSError, BotoCoreError, ClientError, ResponseParserError)
 
 
 def write_atomic(fs: AbstractFileSystem, path: str, data: bytes) -> None:

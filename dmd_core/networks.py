@@ -131,9 +131,7 @@ class DmdNetworks:
         """All tensors of the state, by part; sharded ones as they are."""
         parts = self._weights_by_part()
         for name, named in self._named().items():
-            packed = pack_optimizer(self.optimizers[name], list(named))
-            if packed:  # a head that no stage has trained yet has none
-                parts[f"{name}_optimizer"] = packed
+            parts[f"{name}_optimizer"] = pack_optimizer(self.optimizers[name], list(named))
         return parts
 
     def targets(self, stored: Mapping[str, Mapping[str, torch.Size]]) -> dict[str, Tensors]:
@@ -141,8 +139,8 @@ class DmdNetworks:
         room for the optimizers' state. Raises `CheckpointError` if it is not of such networks."""
         ours = self._weights_by_part()
         optimizers = {f"{name}_optimizer": name for name in self.optimizers}
-        needed = (ours.keys() | optimizers.keys()) - {"head_optimizer"}  # may be untrained yet
-        if not needed <= stored.keys() <= ours.keys() | optimizers.keys():
+        needed = ours.keys() | optimizers.keys()
+        if stored.keys() != needed:
             raise CheckpointError(
                 f"the checkpoint holds {', '.join(sorted(stored))}; expected "
                 f"{', '.join(sorted(needed))} (was the run started with other settings?)"
@@ -152,8 +150,7 @@ class DmdNetworks:
             if sizes != dict(stored[part]):
                 raise CheckpointError(f"the checkpoint's {part} has other weights than this run's")
         named = self._named()
-        for part in stored.keys() & optimizers.keys():
-            name = optimizers[part]
+        for part, name in optimizers.items():
             ours[part] = optimizer_targets(self.optimizers[name], stored[part], list(named[name]))
         return ours
 
@@ -162,8 +159,7 @@ class DmdNetworks:
         for part, tensors in self._weights_by_part().items():
             _copy(parts[part], tensors)
         for name, named in self._named().items():
-            packed = parts.get(f"{name}_optimizer", {})
-            unpack_optimizer(self.optimizers[name], packed, list(named))
+            unpack_optimizer(self.optimizers[name], parts[f"{name}_optimizer"], list(named))
 
     def _weights_by_part(self) -> dict[str, Tensors]:
         parts: dict[str, Tensors] = {
@@ -236,10 +232,18 @@ class DmdNetworks:
             return DiscriminatorHead(channels[-1], size)
 
     def _adamw(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+        """With its state as of step 0, so that every checkpoint holds every optimizer."""
         settings = self.settings
-        return torch.optim.AdamW(
+        optimizer = torch.optim.AdamW(
             parameters, lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay
         )
+        for parameter in parameters:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        return optimizer
 
     def _student_of(self, network: nn.Module) -> Student:
         compute = self.settings.precision.compute

@@ -74,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, config: str) -> int:
+    from dmd_core.files import store_errors
     from jobs.session import open_session
-    from pipelines.storage import store_errors
 
     module = _module(options.verb)
     with open_session(config, options.set, quiet=options.json, arguments=options) as session:

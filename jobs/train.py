@@ -10,6 +10,7 @@ from jobs.errors import Exit, JobError
 from jobs.pins import PINNED, pin_in_dataset, run_pins, save_pins
 from jobs.session import Session
 from pipelines.following import PinHolder
+from pipelines.health_record import read_events
 from pipelines.manifest import ManifestError, latest_manifest
 from pipelines.parallel_settings import WorkerRange
 from pipelines.pins import Pins
@@ -32,17 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(session: Session) -> dict[str, Any]:
     """Train to the end of the last stage, from the newest checkpoint if there is one."""
-    recipe = session.recipe
     session.open_run()
     if getattr(session.arguments, "start", None) == PREVIOUS:
         _put_newest_aside(session)
     steps = _steps(session)
     done = _finished(session, steps)
     if done is not None:
-        if recipe.train.evaluation.steps:
-            from jobs.train_evaluation import settle_evaluations
-
-            settle_evaluations(session, steps)
+        _settle_evaluations(session)
         session.display.done(f"train: nothing to do, step {done['step']} is reached")
         return _result(done, trained=False)
     try:
@@ -53,7 +50,9 @@ def run(session: Session) -> dict[str, Any]:
         session.display.say(f"train: going on from step {steps[-1]}")
     session.display.say("train: networks in " + precision["networks"])
     _train(session, pins, pin)
+    _settle_evaluations(session)
     done = _newest_state(session, _steps(session))
+    _say_health(session)
     session.display.done(f"train: {done['step']} steps, {session.store.url}")
     result = _result(done, trained=True)
     if pin is not None:
@@ -63,6 +62,27 @@ def run(session: Session) -> dict[str, Any]:
             f"--unpin {pin.name} ends that"
         )
     return result
+
+
+def _settle_evaluations(session: Session) -> None:
+    """Nothing to do, but where a run was killed while it waited for its last evaluations."""
+    if session.recipe.train.evaluation.steps:
+        from jobs.train_evaluation import settle_evaluations
+
+        settle_evaluations(session, _steps(session))
+
+
+def _say_health(session: Session) -> None:
+    for event in read_events(session.store):
+        followed = {
+            "warn": "",
+            "stop": ": stopped",
+            "rollback": f": went back to step {event.to_step} with learning rates × "
+            f"{event.learning_rate_factor:g}, fake_updates × {event.fake_updates_factor:g}",
+        }
+        session.display.say(
+            f"train: health: {event.rule} at step {event.step}{followed[event.kind]}"
+        )
 
 
 def _train(session: Session, pins: Pins, pin: PinHolder | None) -> None:

@@ -21,6 +21,7 @@ from jobs.session import Session
 from pipelines.manifest import load_manifest
 from pipelines.pair_fit import PairFit
 from pipelines.pins import Pins
+from pipelines.trackers import check_trackers
 from pipelines.train_config import TrainSection
 from pipelines.train_settings import lora_settings
 
@@ -28,6 +29,7 @@ from pipelines.train_settings import lora_settings
 def check_training(session: Session, pins: Pins) -> dict[str, str]:
     """Raises an error that names the keys; returns the precision policy, in words."""
     section = session.recipe.train
+    check_trackers(section.report_to)
     folder = Path(session.teacher_dir)
     scheduler = _scheduler(folder)
     try:

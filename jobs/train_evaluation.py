@@ -5,7 +5,8 @@ from jobs.errors import Exit, JobError
 from jobs.session import Session
 from pipelines.beside import finish_evaluations, unplaceable
 from pipelines.beside_results import pending_evaluations
-from pipelines.beside_task import EvaluationTask, evaluation_task
+from pipelines.beside_task import EvaluationTask, evaluation_task, measurable
+from pipelines.evaluation import held_out
 from pipelines.prompts import read_prompts
 
 
@@ -23,6 +24,11 @@ def training_evaluation(session: Session) -> EvaluationTask | None:
     why_not = unplaceable(section, ray.cluster_resources())
     if why_not:
         raise JobError(why_not, Exit.REFUSED)
+    source = resolve_shipped(recipe.evaluate.prompts)
+    prompts = read_prompts(source, recipe.storage).prompts
+    why_not = measurable(section, session.teacher_dir, held_out(prompts, section.max_prompts))
+    if why_not:
+        raise JobError(why_not, Exit.USAGE)
     return evaluation_task(
         section,
         recipe.train,
@@ -32,7 +38,7 @@ def training_evaluation(session: Session) -> EvaluationTask | None:
         run=session.store.url,
         teacher=session.teacher_url,
         teacher_revision=teacher_revision(session.teacher_dir),
-        prompts=read_prompts(resolve_shipped(recipe.evaluate.prompts), recipe.storage).prompts,
+        prompts=prompts,
     )
 
 

@@ -5,11 +5,12 @@ time, whenever there are resources to spare, and waits for the last one before `
 came of it is read from files, so nothing here depends on Ray Train's own snapshot.
 """
 
+import hashlib
 import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import ray.train
 from ray.exceptions import RayError, TaskCancelledError
 from ray.train import ValidationConfig, ValidationTaskConfig
 
-from dmd_core.checkpoint import committed_steps
+from dmd_core.checkpoint import MARKER, checkpoint_path, committed_steps
+from dmd_core.files import join, store_errors
 from pipelines.beside_results import (
     Evaluated,
     drop_results_after,
@@ -33,10 +35,11 @@ from pipelines.beside_results import (
 from pipelines.beside_settings import EvaluationSection
 from pipelines.beside_task import EvaluationTask, evaluate_checkpoint
 from pipelines.run_folder import CHECKPOINTS
-from pipelines.storage import Store, store_errors
+from pipelines.storage import Store
 
 POINTER = "pointer.json"
 _ATTEMPTS = 2
+_GONE = "its checkpoint is gone"
 _logger = logging.getLogger(__name__)
 
 
@@ -50,7 +53,7 @@ class News:
 
 @dataclass(frozen=True)
 class _Decision:
-    """Of rank 0. `ready`: to be reported now; `lost`: saved in vain; `done`: have a result."""
+    """Of rank 0. `ready`: to be reported now; `lost`: will have no result; `done`: have one."""
 
     ready: tuple[int, ...] = ()
     lost: tuple[int, ...] = ()
@@ -78,6 +81,7 @@ class Beside:
         self._store, self._rank, self._share = store, rank, share
         self._begun: list[int] = []  # saved, or being saved; not reported yet
         self._running: list[int] = []  # reported, without a result yet
+        self._known: list[Evaluated] = []  # on rank 0: read already
         self._stop = False
 
     def wanted(self, step: int, *, finished: bool = False) -> bool:
@@ -106,12 +110,12 @@ class Beside:
         if not self._begun and not self._running:
             return News(stop=self._stop)
         decision: _Decision = self._share(self._decide() if self._rank == 0 else None)
-        gone = {*decision.ready, *decision.lost}
-        self._begun = [step for step in self._begun if step not in gone]
         for step in decision.ready:
             self._report(step)
-        done = {result.step for result in decision.done}
-        self._running = [s for s in (*self._running, *decision.ready) if s not in done]
+        over = {*decision.lost, *(result.step for result in decision.done)}
+        begun = {*decision.ready, *over}
+        self._running = [s for s in (*self._running, *decision.ready) if s not in over]
+        self._begun = [step for step in self._begun if step not in begun]
         self._stop = decision.stop
         return News(decision.done, decision.stop)
 
@@ -136,6 +140,7 @@ class Beside:
     def _resumed(self, step: int, finished: bool) -> tuple[list[int], bool]:
         store, section, inputs = self._store, self._section, self._inputs
         drop_results_after(store, step)
+        self._known = []
         update_best(store, section, inputs)
         committed = committed_steps(store.fs, store.path(CHECKPOINTS))
         until = [found for found in committed if found <= step]
@@ -146,22 +151,25 @@ class Beside:
         """A store that does not answer is asked again the next time."""
         store, section = self._store, self._section
         try:
-            committed = committed_steps(store.fs, store.path(CHECKPOINTS)) if self._begun else []
-            results = self.results()
-            done = tuple(found for found in results if found.step in self._running)
-            if done:
-                update_best(store, section, self._inputs)
+            committed = committed_steps(store.fs, store.path(CHECKPOINTS))
+            self._known = read_results(store, self._inputs, self._known)
         except store_errors() as error:
             _logger.warning("evaluation beside the training: %s", error)
             return _Decision(stop=self._stop)
+        done = tuple(found for found in self._known if found.step in self._running)
         for found in done:
             if found.error:
                 _logger.warning("checkpoint %d was not evaluated: %s", found.step, found.error)
+        over = {found.step for found in done}
         return _Decision(
             tuple(step for step in self._begun if step in committed),
-            tuple(step for step in self._begun[:-1] if step not in committed),
+            tuple(
+                step
+                for step in (*self._begun[:-1], *self._running)
+                if step not in committed and step not in over
+            ),
             done,
-            early_stop(results, section.metric, section.patience),
+            early_stop(self._known, section.metric, section.patience),
         )
 
     def _report(self, step: int) -> None:
@@ -199,14 +207,20 @@ def validate(checkpoint: ray.train.Checkpoint, **kwargs: Any) -> dict[str, float
 
 
 def evaluate_once(task: EvaluationTask, step: int) -> Evaluated:
-    """Evaluate our checkpoint `step`, unless it has a result. A failure is written down as the
-    result."""
-    store = task.store()
+    """Evaluate our checkpoint `step`, unless it has a result, and bring `best.json` up to date. A
+    failure is a result too. Nothing is written for a checkpoint that is gone, or another one by
+    then, as after a rollback."""
+    store, section = task.store(), task.settings
+    mark = _mark(store, step)
     for known in read_results(store, task.inputs):
-        if known.step == step:
+        if known.step == step and known.provenance.get("checkpoint") == mark:
             return known
-    result = _evaluated(task, store, step)
+    result = Evaluated(step, error=_GONE) if mark is None else _evaluated(task, step)
+    if mark is None or _mark(store, step) != mark:
+        return replace(result, metrics={}, error=_GONE)
+    result = replace(result, provenance={**result.provenance, "checkpoint": mark})
     write_result(store, result)
+    update_best(store, section, task.inputs)
     return result
 
 
@@ -218,7 +232,7 @@ def finish_evaluations(task: EvaluationTask, steps: Iterable[int]) -> dict[str, 
     return update_best(task.store(), task.settings, task.inputs)
 
 
-def _evaluated(task: EvaluationTask, store: Store, step: int) -> Evaluated:
+def _evaluated(task: EvaluationTask, step: int) -> Evaluated:
     """The evaluation in a process of its own, tried again once."""
     section, reason = task.settings, ""
     # One call per process: a finished evaluation gives its memory back, on the device above all.
@@ -226,9 +240,6 @@ def _evaluated(task: EvaluationTask, store: Store, step: int) -> Evaluated:
         num_cpus=section.num_cpus, num_gpus=section.num_gpus, max_retries=0, max_calls=1
     )(evaluate_checkpoint)
     for _ in range(_ATTEMPTS):
-        if step not in committed_steps(store.fs, store.path(CHECKPOINTS)):
-            reason = "its checkpoint was removed before its turn came"
-            break
         try:
             return ray.get(remote.remote(task, step))
         except TaskCancelledError:  # the run is being ended: another one will do it
@@ -237,6 +248,17 @@ def _evaluated(task: EvaluationTask, store: Store, step: int) -> Evaluated:
             reason = _last_line(error)
             _logger.warning("evaluation of checkpoint %d failed: %s", step, reason)
     return Evaluated(step, provenance={"inputs": task.inputs}, error=reason)
+
+
+def _mark(store: Store, step: int) -> str | None:
+    """What tells a checkpoint from an earlier or later one of the same step; None: there is none.
+    The marker names the checksums of all its files."""
+    path = join(checkpoint_path(store.path(CHECKPOINTS), step), MARKER)
+    try:
+        marker: Any = store.fs.cat_file(path)
+    except FileNotFoundError:
+        return None
+    return hashlib.sha256(marker).hexdigest()[:16]
 
 
 def _last_line(error: RayError) -> str:

@@ -95,12 +95,12 @@ def waiting_steps(
     finished: bool = False,
 ) -> list[int]:
     """Committed checkpoints that are to be evaluated and have no result. `finished`: the newest
-    one ends the run, and is evaluated whatever its step."""
+    one ends the run, and is evaluated whatever its step. Step 0 is no student yet."""
     if not section.steps:
         return []
-    known = {found.step for found in results}
+    out = {0, *(found.step for found in results)}
     last = set(committed[-1:]) if finished else set()
-    return [s for s in committed if (s % section.steps == 0 or s in last) and s not in known]
+    return [s for s in committed if (s % section.steps == 0 or s in last) and s not in out]
 
 
 # ---------------------------------------------------------------------- files
@@ -122,10 +122,12 @@ def write_result(store: Store, result: Evaluated) -> None:
     write_atomic(store.fs, result_path(store, result.step), data)
 
 
-def read_results(store: Store, inputs: str) -> list[Evaluated]:
+def read_results(store: Store, inputs: str, known: Iterable[Evaluated] = ()) -> list[Evaluated]:
     """Every result that was measured with the same `inputs` (prompts, teacher, way of sampling),
-    by step. A file that cannot be read is none: that checkpoint is evaluated again."""
-    found = [_read(store, path) for _, path in _files(store)]
+    by step. A file that cannot be read is none: that checkpoint is evaluated again. `known`: need
+    not be read again."""
+    before = {found.step: found for found in known}
+    found = [before.get(step) or _read(store, path) for step, path in _files(store)]
     return [one for one in found if one is not None and one.provenance.get("inputs") == inputs]
 
 

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from dmd_core.files import write_atomic
 from dmd_core.gallery import load_gallery
 from dmd_core.teacher import load_teacher
 from pipelines import images
@@ -148,13 +146,7 @@ def teacher_pictures(task: EvaluationTask, run: Store, networks: Networks) -> di
         plan, task.prompts, [TEACHER, TEACHER_AGAIN],
         mean=None, teacher_revision=task.teacher_revision, student_revision="",
     )  # fmt: skip
-    missing = {s: path for s, path in files.items() if not root.fs.exists(root.path(path))}
-    actor = images._SamplerActor(plan, networks) if missing else None
-    for system, path in missing.items():
-        assert actor is not None
-        batches = images._batches([system], task.prompts, plan)
-        table = pa.concat_tables([actor(batch) for batch in batches])
-        write_atomic(root.fs, root.path(path), images._parquet(table))
+    images.make_images(root, files, task.prompts, plan, networks, actors=0)
     return {system: images.read_images(root, path) for system, path in files.items()}
 
 

@@ -118,7 +118,7 @@ class HealthMonitor:
             for rule, streak in zip(self._rules, self._streaks, strict=True)
             if rule.action == "rollback"
         ]
-        return {max(good) for since in suspect if (good := [s for s in committed if s < since])}
+        return {max(good) for since in suspect if (good := _before(committed, since))}
 
     def _forget(self) -> None:
         self._streaks = [_Streak() for _ in self._rules]
@@ -128,7 +128,13 @@ class HealthMonitor:
 def last_good(committed: Iterable[int], verdict: Verdict) -> int | None:
     """The newest of the believed committed steps from before the violations; None: start again from
     step 0."""
-    return max((step for step in committed if step < verdict.since_step), default=None)
+    return max(_before(committed, verdict.since_step), default=None)
+
+
+def _before(committed: Iterable[int], since_step: int) -> list[int]:
+    """The steps whose state no violating line has measured: the samples of step n + 1 are those of
+    the networks that were saved at step n."""
+    return [step for step in committed if step + 1 < since_step]
 
 
 def _violates(rule: HealthRule, value: float) -> bool:

@@ -118,6 +118,6 @@ def check_health(section: HealthSection, has_pairs: bool) -> None:
         if rule.metric in PAIR_METRICS and not has_pairs:
             raise ValueError(
                 f"train.health.rules.{index}: {rule.metric} compares with the latents of the "
-                "pairs, and no stage of this run reads any (lambda_reg is 0); use sample_mean or "
-                "sample_std"
+                "pairs, and this run reads none by default (every stage has lambda_reg 0 or names "
+                "its pairs_version); use sample_mean or sample_std"
             )

@@ -65,27 +65,23 @@ def make_images(
     gpus_per_actor: float = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Sample, on Ray, every system of `files` (system → path under `root`) that has no file yet.
+    """Sample every system of `files` (system → path under `root`) that has no file yet.
 
-    One Ray Data execution for all of them; a system's file appears when its last picture is there.
-    `on_progress(done, total)` counts pictures.
+    One Ray Data execution for all of them, or with `actors` 0 this process alone; a system's file
+    appears when its last picture is there. `on_progress(done, total)` counts pictures.
     """
     missing = [system for system, path in files.items() if not root.fs.exists(root.path(path))]
     if not missing:
         return
-    # One block is one batch, so a picture's batch mates do not depend on what was there before.
-    dataset = ray.data.from_arrow(list(_batches(missing, prompts, plan))).map_batches(
-        _SamplerActor,
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        fn_constructor_kwargs={"plan": plan, "networks": networks},
-        num_cpus=1,
-        num_gpus=gpus_per_actor,
+    batches = _batches(missing, prompts, plan)
+    tables = (
+        _on_ray(batches, plan, networks, actors, gpus_per_actor)
+        if actors
+        else map(_SamplerActor(plan, networks), batches)
     )
     parts: dict[str, list[pa.Table]] = {system: [] for system in missing}
     done = 0
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+    for table in tables:
         done += len(table)
         if on_progress is not None:
             on_progress(done, len(prompts) * len(missing))
@@ -96,6 +92,26 @@ def make_images(
                 write_atomic(root.fs, root.path(files[system]), _parquet(whole))
     if parts:
         raise RuntimeError(f"pictures of {', '.join(parts)} did not all come back from Ray Data")
+
+
+def _on_ray(
+    batches: Iterator[pa.Table],
+    plan: SamplingPlan,
+    networks: Networks,
+    actors: int,
+    gpus_per_actor: float,
+) -> Iterator[pa.Table]:
+    # One block is one batch, so a picture's batch mates do not depend on what was there before.
+    dataset = ray.data.from_arrow(list(batches)).map_batches(
+        _SamplerActor,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        fn_constructor_kwargs={"plan": plan, "networks": networks},
+        num_cpus=1,
+        num_gpus=gpus_per_actor,
+    )
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
 def _batches(

@@ -9,7 +9,7 @@ import numpy as np
 
 from dmd_core.files import write_atomic
 from pipelines.storage import Store
-from pipelines.trackers import TensorBoard, Tracker
+from pipelines.trackers import Tracker
 
 
 class MetricsLog:
@@ -26,13 +26,10 @@ class MetricsLog:
         *,
         resume_step: int,
         trackers: Sequence[Tracker] = (),
-        tensorboard: bool = False,
     ) -> None:
         self._store, self._path = store, store.path(name)
         self._lines = [line for line in self._read() if line["step"] <= resume_step]
         self._trackers = list(trackers)
-        if tensorboard:
-            self._trackers.append(TensorBoard(store, resume_step=resume_step))
 
     @property
     def lines(self) -> Sequence[Mapping[str, Any]]:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch.distributed as dist
+
 from dmd_core.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -51,6 +53,8 @@ class RunCheckpoints:
         self._fs, self._root = store.fs, store.path(CHECKPOINTS)
         self._networks, self._group = networks, group
         self._keep, self._also = keep, also
+        # Plans and errors travel as objects: not over the group of the gradients.
+        self._ranks: Any = dist.new_group(backend="gloo") if group.size > 1 else None
         self._saver = self._open()
         self._failures = 0
 
@@ -64,9 +68,10 @@ class RunCheckpoints:
 
     def restore(self, step: int) -> dict[str, Any]:
         """The networks' state from the checkpoint of `step`; returns the rest of it."""
-        alone = self._group.size == 1
         targets = self._networks.targets(stored_tensors(self._fs, self._root, step))
-        state = restore_checkpoint(self._fs, self._root, step, targets, alone=alone)
+        state = restore_checkpoint(
+            self._fs, self._root, step, targets, self._ranks, alone=self._ranks is None
+        )
         self._networks.load(targets)
         return state
 
@@ -104,7 +109,7 @@ class RunCheckpoints:
         self._saver = self._open()
 
     def _open(self) -> CheckpointSaver:
-        return CheckpointSaver(self._fs, self._root, alone=self._group.size == 1)
+        return CheckpointSaver(self._fs, self._root, self._ranks, alone=self._ranks is None)
 
     def _trusted(self, events: Sequence[HealthEvent]) -> int | None:
         collect_orphans(self._fs, self._root)

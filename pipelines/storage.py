@@ -14,7 +14,7 @@ import pyarrow.fs
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from dmd_core.files import is_local, join
+from dmd_core.files import is_local, join, store_errors
 from pipelines.config import NO_CREDENTIALS, StorageSection
 
 # Replies that say "not now" and that their HTTP status does not tell from a refusal.
@@ -76,17 +76,6 @@ def _s3(options: StorageSection) -> AbstractFileSystem:
         # A cached listing hides what another process wrote since (manifests, checkpoints).
         use_listings_cache=False,
     )
-
-
-def store_errors() -> tuple[type[Exception], ...]:
-    """What a store raises: as replies, and from below them (botocore, its HTTP client)."""
-    if "botocore" not in sys.modules:  # nothing remote was opened
-        return (OSError,)
-    from aiohttp import ClientError
-    from botocore.exceptions import BotoCoreError
-    from botocore.parsers import ResponseParserError
-
-    return (OSError, BotoCoreError, ClientError, ResponseParserError)
 
 
 def no_answer(error: BaseException | None) -> bool:

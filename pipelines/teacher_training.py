@@ -123,9 +123,7 @@ class _TeacherRun:
 
     def run(self) -> None:
         self._restore()
-        self.log = MetricsLog(
-            self.store, "teacher_metrics.jsonl", resume_step=self.step, tensorboard=False
-        )
+        self.log = MetricsLog(self.store, "teacher_metrics.jsonl", resume_step=self.step)
         pictures = emoji.load_pictures(self.items, self.section.image_size)
         kept = ~np.asarray(self.held_out)
         if self.step < self.section.vae_steps:
@@ -263,7 +261,9 @@ class _TeacherRun:
         }
         self.log.flush()
         state = {"scaling_factor": self.vae.config.scaling_factor}
-        save_checkpoint(self.store.fs, self._checkpoints, Checkpoint(self.step, parts, state))
+        save_checkpoint(
+            self.store.fs, self._checkpoints, Checkpoint(self.step, parts, state), alone=True
+        )
         prune_checkpoints(self.store.fs, self._checkpoints, keep=2)
 
     def _restore(self) -> None:

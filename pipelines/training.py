@@ -97,12 +97,14 @@ class _DmdRun:
 
     def run(self) -> None:
         self._begin()
-        while not self.finished:
-            self._run_stage()
-        self.beside.advance()
-        self.data.close()
+        try:
+            while not self.finished:
+                self._run_stage()
+            self.beside.advance()
+        finally:
+            self.data.close()
+            self.log.close()
         self.checkpoints.close()
-        self.log.close()
         ray.train.report({"step": self.progress.step})
 
     def _begin(self) -> None:
@@ -165,7 +167,9 @@ class _DmdRun:
 
     def _to_end(self) -> bool:
         """Do the evaluations beside the training say that it is enough?"""
-        self.beside.advance()
+        for found in self.beside.advance().results:
+            shown = {f"validation/{name}": value for name, value in found.values().items()}
+            self.log.add_scalars(found.step, shown)
         return self.beside.stop()
 
     def _is_preempted(self, step: int) -> bool:
@@ -231,6 +235,8 @@ class _DmdRun:
         verdict = self.health.look(self.progress.step, metrics)
         if verdict is None:
             return False
+        if self.group.rank == 0:
+            self.log.flush()  # what led to it can be seen, whatever follows
         if verdict.action != "rollback":
             self.health.record(verdict)
             return False

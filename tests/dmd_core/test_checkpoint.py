@@ -257,14 +257,19 @@ def _moved(old: str, new: str) -> Callable[[Any], None]:
     return lambda found: found["files"].update({new: found["files"].pop(old)})
 
 
+def _added(name: str) -> Callable[[Any], None]:
+    return lambda found: found["files"].update({name: found["files"][NET]})
+
+
 NET = "net-00000.safetensors"
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        _moved(NET, "../secret"), _moved(NET, "/etc/passwd"), _moved(NET, ".."),
-        _moved(NET, ".hidden"), _moved(NET, MARKER), _moved("index.json", "other.json"),
+        _added("../secret"), _added("/etc/passwd"), _added(".."), _added("a/b"), _added(""),
+        _added(".hidden"), _added(MARKER), _added("MANIFEST.discarded.json"),
+        _moved("index.json", "other.json"),
         _set("files", []), _set("files", NET, None), _set("files", NET, "bytes", -1),
         _set("files", NET, "bytes", 1e3), _set("files", NET, "bytes", True),
         _set("files", NET, "bytes", 1 << 60), _set("files", NET, "bytes", "84"),
@@ -295,7 +300,10 @@ CHUNK = (*W, "chunks", 0)
         _set(*W, "dtype", "F16"), _set(*W, "dtype", "O"), _set(*W, "dtype", ["F32"]),
         _set(*W, "chunks", []), _set(*W, "chunks", None), _set(*CHUNK, []), _set(*W, None),
         _set("tensors", "net", []), _set("tensors", "../net", {}), _set("tensors", None),
-        _set("format", "1"), lambda _: [1],
+        _set("format", "1"), lambda _: [1], _set(*W, "size", [6]),
+        lambda i: i["tensors"]["net"]["w"].update(  # less than the file's tensor has
+            size=[2], chunks=[{"offsets": [0], "sizes": [2], "file": NET, "key": "w"}]
+        ),
         lambda i: i["tensors"]["net"]["w"]["chunks"].append(dict(
             i["tensors"]["net"]["w"]["chunks"][0], offsets=[0], sizes=[0]
         )),

@@ -49,7 +49,7 @@ def in_world(size: int, work: Callable[[int, str], None], folder: Path) -> None:
     ]
     for worker in workers:
         worker.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     for worker in workers:
         worker.join(max(0, deadline - time.monotonic()))
     codes = [worker.exitcode for worker in workers]  # None: still at it
@@ -72,12 +72,13 @@ def _worker(rank: int, size: int, meeting: str, work: Callable, folder: str) -> 
 class State:
     """A network, sharded where there is a group, with its optimizer and replicated tensors.
 
-    Rows of its weights: 5, 3 and 1, so that some of 4 ranks have less than others, or nothing.
+    Rows of its weights: 7, 3 and 1: some of 4 ranks have less than others or nothing, and no rank
+    of 3 has the same rows as one of 4.
     """
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
-        self.network = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3), nn.Linear(3, 1))
+        self.network = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 3), nn.Linear(3, 1))
         if dist.is_initialized():
             for layer in self.network:
                 fully_shard(layer)

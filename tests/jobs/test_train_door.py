@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
+from dmd_core.checkpoint import Checkpoint, save_checkpoint
 from jobs.errors import Exit
 from pipelines.dataset_pins import pin_name, read_pins
 from pipelines.following import PinHolder
@@ -221,11 +223,9 @@ def test_prompts_that_changed_since_the_run_started(train):
 
 def _pretend_a_checkpoint(run, versions=()):
     """Of step 1 of a run that is not finished."""
-    folder = run / "checkpoints" / "checkpoint-00000001"
-    folder.mkdir(parents=True)
-    (folder / "MANIFEST.json").write_text(json.dumps({"files": {}}))
     state = {
         "finished": False, "total_steps": 6,
         "pairs_segments": [{"version": version} for version in versions],
     }  # fmt: skip
-    (folder / "state.json").write_text(json.dumps(state))
+    fs, root = LocalFileSystem(auto_mkdir=True), str(run / "checkpoints")
+    save_checkpoint(fs, root, Checkpoint(1, {}, state), alone=True)

@@ -19,12 +19,12 @@ from pipelines.storage import Store
 EVENTS = "events.json"
 
 
-def save_student(task: EvaluationTask, step: int) -> None:
+def save_student(task: EvaluationTask, step: int, **state: Any) -> None:
     """A checkpoint whose student is the untrained one: the teacher's own network."""
     generator = dict(load_teacher(task.teacher).pipeline.unet.state_dict())
     store = task.store()
     root = store.path("checkpoints")
-    save_checkpoint(store.fs, root, Checkpoint(step, {"generator": generator}, {}), alone=True)
+    save_checkpoint(store.fs, root, Checkpoint(step, {"generator": generator}, state), alone=True)
 
 
 def loop(config: dict[str, Any]) -> None:

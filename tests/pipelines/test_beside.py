@@ -12,13 +12,13 @@ import pyarrow.fs
 import pytest
 import torch
 
-from dmd_core.checkpoint import committed_steps
+from dmd_core.checkpoint import committed_steps, remove_checkpoint
 from dmd_core.metrics import kid, regression_distance
 from dmd_core.teacher import teacher_revision
 from jobs.errors import JobError
 from jobs.export import _chosen
 from pipelines import beside
-from pipelines.beside import Beside, finish_evaluations, unplaceable
+from pipelines.beside import Beside, evaluate_once, finish_evaluations, unplaceable
 from pipelines.beside_results import (
     Evaluated,
     best,
@@ -137,6 +137,7 @@ def test_as_many_of_the_best_are_kept_as_asked():
 def test_every_kth_checkpoint_waits_and_the_one_that_ends_the_run():
     section = EvaluationSection(steps=4)
     assert waiting_steps([2, 4, 6, 8, 9], [result(4, 0.1)], section) == [8]
+    assert waiting_steps([0, 4], [], section) == [4]  # nothing is trained at step 0
     assert waiting_steps([2, 4, 6, 8, 9], [failed(8)], section, finished=True) == [4, 9]
     assert waiting_steps([4, 8], [], EvaluationSection(), finished=True) == []
 
@@ -310,6 +311,9 @@ def test_a_resumed_run_takes_up_what_was_cut_short(task, store):
     assert [found.step for found in loop.results()] == [2]
     assert json.loads(Path(store.path("best.json")).read_text())["step"] == 2
     assert loop.kept() == [2, 4, 6]
+    save_student(task, 7)
+    loop.resume(7, finished=True)
+    assert loop._begun == [4, 6, 7]
 
 
 def test_without_evaluation_nothing_is_asked_or_shared(store):
@@ -334,6 +338,69 @@ def test_a_save_that_failed_is_not_waited_for(task, store, monkeypatch):
     assert (reported, loop._begun, loop._running) == ([4], [], [4])
 
 
+def test_of_reported_ones_a_result_or_the_end_of_the_checkpoint_is_awaited(
+    task, store, monkeypatch
+):
+    monkeypatch.setattr(Beside, "_report", lambda self, step: None)
+    loop = Beside(task, store, rank=0, share=lambda found: found)
+    for step in (2, 4, 6):
+        save_student(task, step)
+        loop.saving(step)
+    assert loop.advance() == beside.News()
+    assert loop._running == [2, 4, 6]
+    write_result(store, replace(result(2, 0.5), provenance={"inputs": task.inputs}))
+    remove_checkpoint(store.fs, store.path("checkpoints"), 6)
+    assert [found.step for found in loop.advance().results] == [2]
+    assert loop._running == [4]
+    assert loop.advance().results == ()
+
+
+def test_the_last_result_may_end_the_training(task, store, monkeypatch):
+    monkeypatch.setattr(Beside, "_report", lambda self, step: None)
+    task = replace(task, section=dict(task.section) | {"patience": 1})
+    loop = Beside(task, store, rank=0, share=lambda found: found)
+    for step, value in ((2, 0.5), (4, 0.6)):
+        save_student(task, step)
+        loop.saving(step)
+        assert not loop.advance().stop
+        write_result(store, replace(result(step, value), provenance={"inputs": task.inputs}))
+    assert loop.advance().stop
+    assert loop.stop()
+    again = Beside(task, store, rank=0, share=lambda found: found)
+    again.resume(4)
+    assert again.stop()  # and after a kill
+    again.resume(2)
+    assert not again.stop()  # what was lost has no say
+
+
+def test_a_checkpoint_is_evaluated_once_until_it_is_another(task, store, monkeypatch):
+    calls = []
+
+    def evaluated(task, step, then=lambda: None):
+        calls.append(step)
+        then()
+        return replace(result(step, 0.5), provenance={"inputs": task.inputs})
+
+    monkeypatch.setattr(beside, "_evaluated", evaluated)
+    save_student(task, 2)
+    assert evaluate_once(task, 2) == evaluate_once(task, 2)
+    assert calls == [2]
+    assert json.loads(Path(store.path("best.json")).read_text())["step"] == 2
+    save_student(task, 2, rollbacks=1)
+    evaluate_once(task, 2)
+    assert calls == [2, 2]
+
+    def rolled_back(task, step):  # while the evaluation runs
+        return evaluated(task, step, lambda: save_student(task, step, rollbacks=2))
+
+    monkeypatch.setattr(beside, "_evaluated", rolled_back)
+    save_student(task, 4)
+    assert evaluate_once(task, 4).error == "its checkpoint is gone"
+    assert evaluate_once(task, 6).error == "its checkpoint is gone"
+    assert calls == [2, 2, 4]
+    assert [found.step for found in read_results(store, task.inputs)] == [2]
+
+
 # ---------------------------------------------------------------------- on Ray
 
 
@@ -346,14 +413,14 @@ def _dies(task, step):
 def test_an_evaluation_whose_process_dies_is_tried_once_more(ray_cluster, task, store, monkeypatch):
     save_student(task, 4)
     monkeypatch.setattr(beside, "evaluate_checkpoint", _dies)
-    finish_evaluations(task, [4, 6])
+    finish_evaluations(task, [4])
     assert Path(store.path("attempts")).read_text() == "xx"
-    lost, gone = read_results(store, task.inputs)
-    assert (lost.step, gone.step) == (4, 6)
+    (lost,) = read_results(store, task.inputs)
+    assert lost.step == 4
     assert "die" in lost.error
-    assert gone.error == "its checkpoint was removed before its turn came"
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_a_checkpoint_is_evaluated(ray_cluster, task, store):
     events, others = fit(task, cpus_per_worker=1)
     *steps, last = events
@@ -367,7 +434,7 @@ def test_training_goes_on_while_a_checkpoint_is_evaluated(ray_cluster, task, sto
     found = {one.step: one for one in read_results(store, task.inputs)}
     assert list(found) == [2, last["step"]]  # fit waited for the last one
     assert found[2].values() == found[last["step"]].values()
-    assert (update_best(store, task.settings, task.inputs) or {})["step"] == 2
+    assert json.loads(Path(store.path("best.json")).read_text())["step"] == 2
 
 
 @pytest.mark.slow

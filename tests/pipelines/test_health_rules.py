@@ -224,20 +224,21 @@ def _verdict(step: int = 100, since_step: int = 51, **changes) -> Verdict:
 
 
 def test_the_last_good_checkpoint_is_from_before_the_violations():
-    assert last_good([10, 50, 51, 90], _verdict()) == 50
-    assert last_good([51, 90], _verdict()) is None
+    # The violations began with the samples of step 51: those of the networks saved at step 50.
+    assert last_good([10, 49, 50, 51, 90], _verdict()) == 49
+    assert last_good([50, 51, 90], _verdict()) is None
     assert last_good([], _verdict()) is None
 
 
 def test_the_checkpoint_a_rollback_would_need_is_named_before_it_is_needed():
     monitor = HealthMonitor(_section(_rule(windows=3), _rule("loss_dm", action="stop")))
     _looks(monitor, [0.9, 0.9])
-    assert monitor.needed([10, 20]) == {20}
+    assert monitor.needed([10, 15, 20]) == {15}  # that of step 20 is measured by the next line
     monitor.look(30, {"sample_std": 0.1})
     monitor.look(40, {"sample_std": 0.1})
-    assert monitor.needed([10, 20, 30, 40]) == {20}  # though newer ones exist
+    assert monitor.needed([10, 15, 20, 30, 40]) == {15}  # though newer ones exist
     verdict = monitor.look(50, {"sample_std": 0.1})
-    assert verdict is not None and last_good([10, 20, 30, 40], verdict) == 20
+    assert verdict is not None and last_good([10, 15, 20, 30, 40], verdict) == 15
     assert HealthMonitor(_section(_rule(action="stop"))).needed([10]) == set()
 
 
