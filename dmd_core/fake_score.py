@@ -4,7 +4,9 @@ Score and logits of one update come out of one forward pass of one module, so th
 forward and synchronises once.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,33 +54,52 @@ class FakeScoreNetwork(nn.Module):
     """A raw network and a head on the output of one of its blocks, `middle`.
 
     Called with `judged` = n, the last n rows are judged (logits (n,)) and only the rows before
-    them give a score (raw output (B−n,…)).
+    them give a score (raw output (B−n,…)): behind `middle`, in the blocks `after`, only these are
+    computed. A judge reads the encoder, which is less than half of a UNet.
     """
 
     def __init__(
-        self, network: nn.Module, middle: nn.Module | None = None, head: nn.Module | None = None
+        self,
+        network: nn.Module,
+        middle: nn.Module | None = None,
+        head: nn.Module | None = None,
+        after: Iterable[nn.Module] = (),
     ) -> None:
         super().__init__()
         self.network, self.head = network, head
         self._features: torch.Tensor | None = None
+        self._rows: slice = slice(None)  # those that give a score
         if head is not None:
             if middle is None:
                 raise ValueError("a head needs the block whose output it reads (middle)")
             middle.register_forward_hook(self._keep)
+            for block in after:
+                block.register_forward_pre_hook(self._narrow, with_kwargs=True)
 
     def _keep(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
         self._features = output
 
+    def _narrow(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Of all that a block behind the middle is given: sample, skips, time, text."""
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value[self._rows]
+            return tuple(map(cut, value)) if isinstance(value, tuple) else value
+
+        return cut(args), {name: cut(value) for name, value in kwargs.items()}
+
     def forward(
         self, x: torch.Tensor, time: torch.Tensor, cond: Condition, judged: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        output = self.network(x, time, cond)
-        kept = len(x) - judged
-        features, self._features = self._features, None
-        if judged == 0:
-            return output, output.new_zeros(0)
-        if self.head is None or features is None:
+        if judged and self.head is None:
             raise ValueError("this fake score has no discriminator head")
+        kept = len(x) - judged
+        self._rows = slice(max(kept, 1))  # attention takes no empty batch
+        output = self.network(x, time, cond)
+        features, self._features = self._features, None
+        if self.head is None or features is None or judged == 0:
+            return output, output.new_zeros(0)
         return output[:kept], self.head(features[kept:])
 
 

@@ -72,7 +72,9 @@ class DmdNetworks:
         student = DiffusersNetwork(self.generator)
         self.fake = self._copy_of_teacher(settings.parallel.fake)
         self.head = self._make_head(min(shape[1:])) if settings.discriminator else None
-        fake = FakeScoreNetwork(DiffusersNetwork(self.fake), self.fake.mid_block, self.head)
+        fake = FakeScoreNetwork(
+            DiffusersNetwork(self.fake), self.fake.mid_block, self.head, after=self.fake.up_blocks
+        )
         self.trained = {
             "generator": self._placed(student, settings.parallel.generator),
             "fake": self._placed(fake, settings.parallel.fake, unused=self.head is not None),
@@ -235,11 +237,11 @@ class DmdNetworks:
         """With its state as of step 0, so that every checkpoint holds every optimizer."""
         settings = self.settings
         optimizer = torch.optim.AdamW(
-            parameters, lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay
+            parameters, lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
         for parameter in parameters:
             optimizer.state[parameter] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

@@ -170,7 +170,8 @@ def load_teacher(
     pipeline.unet.to(network_device or device)
     for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
         part.eval().requires_grad_(False)
-    pipeline.unet.to(memory_format=torch.channels_last)
+    if torch.device(device).type == "cuda":  # on a CPU it gains nothing
+        pipeline.unet.to(memory_format=torch.channels_last)
     schedule = Schedule.from_scheduler(pipeline.scheduler)
     return Teacher(pipeline, schedule, torch.device(device), teacher_revision(path))
 

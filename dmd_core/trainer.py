@@ -188,29 +188,32 @@ class DmdTrainer:
         """One step of the named optimizers at these rates on the sum of `losses`, unless a
         gradient is not finite: such an update is left out, and counted. True when the weights
         moved."""
-        optimizers = {name: self.networks.optimizers[name] for name in rates}
-        for optimizer in optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
         network = self.networks.trained[next(iter(rates))]
-        total, reached = 0.0, False
+        total, reached = torch.zeros(()), False
         for index, loss_of in enumerate(losses):
             with accumulating(network, last=index == len(losses) - 1):
                 loss = loss_of()
                 if loss.requires_grad:  # else no loss of this stage reaches these weights
                     loss.backward()
                     reached = True
-            total = total + loss.detach()
-        if not reached:
-            return False
+            total = total.to(loss.device) + loss.detach()
+        moved = reached and self._step(rates, total, tally)
+        for name in rates:  # gradients of one network are not kept while the other is trained
+            self.networks.optimizers[name].zero_grad(set_to_none=True)
+        return moved
+
+    def _step(self, rates: dict[str, float], loss: torch.Tensor, tally: Tally) -> bool:
+        """Clip, look, step."""
         norms = {name: self._clip(name) for name in self.networks.parameters() if name in rates}
         for name, norm in norms.items():
             tally.add(f"{name}_grad_norm", norm, 1.0)
         if not all(math.isfinite(norm) for norm in norms.values()):
-            self._count_nonfinite(next(iter(rates)), float(total))
+            self._count_nonfinite(next(iter(rates)), float(loss))
             return False
-        for name, optimizer in optimizers.items():
+        for name, rate in rates.items():
+            optimizer = self.networks.optimizers[name]
             for group in optimizer.param_groups:
-                group["lr"] = rates[name]
+                group["lr"] = rate
             optimizer.step()
         return True
 
