@@ -194,7 +194,7 @@ class Session:
         from pipelines.progress import ProgressBoard
 
         self.start_ray()
-        board = ProgressBoard.remote()
+        board = _on_this_node(ProgressBoard).remote()
         last: list[tuple[int, dict[str, Any]]] = [(0, {})]
 
         def read() -> tuple[int, dict[str, Any]]:
@@ -210,6 +210,15 @@ class Session:
         if is_local(self.store.fs):
             return self.store.path("logs", "ray.log")
         return str(Path(tempfile.mkdtemp(prefix="dmd-logs-")) / "ray.log")
+
+
+def _on_this_node(actor: Any) -> Any:
+    """What it holds is to outlive every node but the driver's own."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return actor.options(scheduling_strategy=here)
 
 
 def open_session(

@@ -1,13 +1,15 @@
 """The evaluation beside a training, as `dmd train` asks for it."""
 
+from dmd_core.checkpoint import prune_checkpoints
 from jobs.config import resolve_shipped
 from jobs.errors import Exit, JobError
 from jobs.session import Session
 from pipelines.beside import finish_evaluations, unplaceable
-from pipelines.beside_results import pending_evaluations
+from pipelines.beside_results import kept_steps, pending_evaluations, read_results
 from pipelines.beside_task import EvaluationTask, evaluation_task, measurable
 from pipelines.evaluation import held_out
 from pipelines.prompts import read_prompts
+from pipelines.run_folder import CHECKPOINTS
 
 
 def training_evaluation(session: Session) -> EvaluationTask | None:
@@ -49,6 +51,10 @@ def settle_evaluations(session: Session, steps: list[int]) -> int:
     session.start_ray()
     task = training_evaluation(session)
     assert task is not None
-    due = pending_evaluations(session.store, steps, task.settings, task.inputs, finished=True)
+    store, section = session.store, task.settings
+    due = pending_evaluations(store, steps, section, task.inputs, finished=True)
     finish_evaluations(task, due)
+    kept = kept_steps(read_results(store, task.inputs), (), section)
+    keep = session.recipe.train.checkpoints_total_limit
+    prune_checkpoints(store.fs, store.path(CHECKPOINTS), keep, kept)  # nothing waits any more
     return len(due)
