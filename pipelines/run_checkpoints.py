@@ -26,7 +26,7 @@ from dmd_core.checkpoint import (
 from dmd_core.networks import DmdNetworks
 from pipelines.health_record import HealthEvent, believed
 from pipelines.run_folder import CHECKPOINTS
-from pipelines.storage import Store
+from pipelines.storage import Store, store_errors
 from pipelines.workers import Group
 
 _MOST_FAILURES = 3  # saves in a row that may fail before training stops for it
@@ -102,10 +102,17 @@ class RunCheckpoints:
         self._group.first(lambda: self._remove_after(step))
 
     def close(self) -> None:
+        """The run is over: what a failed save left goes, too."""
         self._saver.close()
+        if self._group.rank == 0:
+            try:
+                collect_orphans(self._fs, self._root)
+            except store_errors() as error:
+                _logger.warning("half-written checkpoints may be left in %s: %s", self._root, error)
 
     def _reopen(self) -> None:
         self._saver.close()
+        self._count_failure()  # the next saver knows nothing of it
         self._saver = self._open()
 
     def _open(self) -> CheckpointSaver:

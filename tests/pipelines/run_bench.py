@@ -2,32 +2,37 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from dmd_core.checkpoint import Checkpoint, Tensors, committed_steps, load_checkpoint
 from dmd_core.teacher import load_teacher, teacher_revision
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store, open_store
+from tests.pipelines import gloo_runs
 from tests.pipelines.dmd_runs import PROMPTS, seal_pairs, write_pictures
-from tests.pipelines.gloo_runs import PAIRS, Death, Nursery, Order, Outcome
+from tests.pipelines.gloo_runs import PAIRS, Death, Order, Outcome
 
-ROWS = (7, 11)  # of the pairs' first version, and of what the second one adds
-STEPS = 9
+ROWS = (7, 5)  # of the pairs' first version, and of what the second one adds
+STEPS = 7
 
-# 4 pairs a step: the first version's epoch ends in step 2, where the run goes over to the second.
+# 4 pairs a step: the first version's epoch ends in step 2, where the run goes over to the second,
+# whose first epoch is steps 3 to 5.
 DMD = {
     "follow_pairs": "epoch",
     "micro_batch_size": 2,
     "stages": [
         {"steps": 2, "pairs_in_dm": True},
-        {"steps": 4, "fake_updates": 2, "learning_rate": 2e-4},
-        {"steps": 3},
+        {"steps": 3, "fake_updates": 2, "learning_rate": 2e-4},
+        {"steps": 2},
     ],
 }
 # A head that is not trained in the first stage, and one fake update more with it.
@@ -36,7 +41,7 @@ DMD2 = {
     "ema_halflife_samples": 20.0,
     "stages": [
         {"steps": 2},
-        {"steps": 7, "lambda_reg": 0.0, "gan_weight": 0.1, "r1_weight": 0.1, "fake_updates": 2},
+        {"steps": 5, "lambda_reg": 0.0, "gan_weight": 0.1, "r1_weight": 0.1, "fake_updates": 2},
     ],
 }
 RECIPES = {"dmd": DMD, "dmd2": DMD2}
@@ -66,6 +71,58 @@ class Run:
         found = load_checkpoint(self.store.fs, self.store.path(CHECKPOINTS), step)
         assert found is not None
         return found
+
+
+class Nursery:
+    """Starts workers for `run`; `close` ends the helper process."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch, self._orders = scratch, 0
+        scratch.mkdir(parents=True, exist_ok=True)
+        self._log = open(scratch / "log", "w")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", gloo_runs.__name__],
+            cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._log, text=True,
+        )  # fmt: skip
+
+    def run(self, order: Order) -> Outcome:
+        self._orders += 1
+        out = self._scratch / str(self._orders)
+        out.mkdir()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps([asdict(order), str(out)]) + "\n")
+        self._process.stdin.flush()
+        codes = json.loads(self._process.stdout.readline())
+        logs = [path.read_text() for path in sorted(out.glob("log-*"))]
+        seen = [_read_seen(out / f"seen-{rank}") for rank in range(order.size)]
+        return Outcome(
+            codes, "\n".join(logs), seen, _read_live(out / "begun"), _read_live(out / "live")
+        )
+
+    def finish(self, order: Order) -> Outcome:
+        """A start that is to reach the end of the run."""
+        outcome = self.run(order)
+        assert outcome.codes == [0] * order.size, outcome.said[-4000:]
+        return outcome
+
+    def close(self) -> None:
+        self._process.communicate(timeout=60)
+        self._log.close()
+
+
+def _read_seen(path: Path) -> dict[int, dict[str, list[str]]]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {step: streams for step, streams in map(json.loads, lines)}
+
+
+def _read_live(path: Path) -> dict[str, Tensors]:
+    live: dict[str, Tensors] = {}
+    found = safetensors.torch.load_file(path) if path.exists() else {}
+    for key, value in found.items():
+        part, name = key.split("/", 1)
+        live.setdefault(part, {})[name] = value
+    return live
 
 
 class Bench:
