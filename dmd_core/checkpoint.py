@@ -54,6 +54,7 @@ __all__ = [
     "checkpoint_path",
     "collect_orphans",
     "committed_steps",
+    "damage",
     "discard_checkpoint",
     "load_checkpoint",
     "optimizer_targets",
@@ -154,6 +155,18 @@ def read_state(fs: AbstractFileSystem, root: str, step: int) -> dict[str, Any]:
     """`state` alone of a committed checkpoint, without its tensors."""
     with _way_on(fs, root, step):
         return _state(MarkedFolder.open(fs, checkpoint_path(root, step)))
+
+
+def damage(fs: AbstractFileSystem, root: str, step: int) -> str:
+    """What is wrong with a committed checkpoint, every file read; "": it is whole."""
+    try:
+        folder = MarkedFolder.open(fs, checkpoint_path(root, step))
+        for name in folder.files:
+            with folder.verified(name):
+                pass
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 # ---------------------------------------------------------------------- reading, step by step

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import asdict
 from typing import Any, cast
 
-from dmd_core.checkpoint import committed_steps, discard_checkpoint, read_state
+from dmd_core.checkpoint import committed_steps, damage, discard_checkpoint, read_state
 from jobs.display import loss_fields
 from jobs.errors import Exit, JobError
 from jobs.pins import PINNED, pin_in_dataset, run_pins, save_pins
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="start",
         choices=[PREVIOUS],
-        help="previous: put the newest checkpoint aside, which cannot be read, and go on from the "
+        help="previous: if the newest checkpoint cannot be read, put it aside and go on from the "
         "one before it",
     )
 
@@ -126,15 +126,20 @@ def _train(session: Session, pins: Pins, pin: PinHolder | None) -> None:
 
 
 def _put_newest_aside(session: Session) -> None:
-    steps = _steps(session)
+    """The newest checkpoint, if it cannot be read: so that the same command again goes on."""
+    steps, fs, root = _steps(session), session.store.fs, session.store.path(CHECKPOINTS)
+    what = damage(fs, root, steps[-1]) if steps else ""
+    if not what:
+        session.display.say("train: the newest checkpoint is whole; none is put aside")
+        return
     if len(steps) < 2:
         raise JobError(
-            f"--from previous: {session.store.url} has {len(steps)} checkpoint(s), so there is "
-            "none before the newest; to start afresh, use another run.dir",
+            f"--from previous: {what}, and there is no checkpoint before it; to start afresh, use "
+            "another run.dir",
             Exit.REFUSED,
         )
-    discard_checkpoint(session.store.fs, session.store.path(CHECKPOINTS), steps[-1])
-    session.display.say(f"train: step {steps[-1]} is put aside, going back to step {steps[-2]}")
+    discard_checkpoint(fs, root, steps[-1])
+    session.display.say(f"train: {what}; step {steps[-1]} is put aside, back to step {steps[-2]}")
 
 
 def _agree(session: Session, steps: list[int]) -> tuple[Pins, PinHolder | None, dict[str, str]]:

@@ -23,10 +23,11 @@ from dmd_core.checkpoint import (
     restore_checkpoint,
     stored_tensors,
 )
+from dmd_core.files import store_errors
 from dmd_core.networks import DmdNetworks
 from pipelines.health_record import HealthEvent, believed
 from pipelines.run_folder import CHECKPOINTS
-from pipelines.storage import Store, store_errors
+from pipelines.storage import Store
 from pipelines.workers import Group
 
 _MOST_FAILURES = 3  # saves in a row that may fail before training stops for it

@@ -7,7 +7,8 @@ the run's seed, on any number of workers.
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +18,7 @@ import ray.train
 import torch
 
 from dmd_core.checkpoint import CheckpointError
-from dmd_core.files import write_atomic
+from dmd_core.files import store_errors, write_atomic
 from dmd_core.health import DivergedError, Tally
 from dmd_core.networks import DmdNetworks
 from dmd_core.parallel import World
@@ -203,8 +204,8 @@ class _DmdRun:
     def _log(self, metrics: Mapping[str, float]) -> None:
         names = {"stage": self.progress.stage} if self.section.stages else {}
         self.log.append({"step": self.progress.step, **names, **metrics})
-        if self.group.rank == 0 and self.flush_throttle.ready():
-            self.log.flush()
+        if self.flush_throttle.ready():
+            self._flush_log()
 
     def _shown(self, tally: Tally, stage: str) -> dict[str, Any]:
         shown: dict[str, Any] = {
@@ -225,8 +226,25 @@ class _DmdRun:
             rows = self.inputs.sample_pictures.rows(student)
         if self.group.rank == 0:
             path = self.store.path("samples", f"step_{self.progress.step:08d}.png")
-            write_atomic(self.store.fs, path, picture_grid(rows))
+            with self._patience("sample pictures"):
+                write_atomic(self.store.fs, path, picture_grid(rows))
             self.log.add_picture("samples", self.progress.step, np.concatenate(rows[1], axis=1))
+
+    def _flush_log(self) -> None:
+        if self.group.rank == 0:
+            with self._patience("metrics"):
+                self.log.flush()
+
+    @contextmanager
+    def _patience(self, what: str) -> Iterator[None]:
+        """A store that is away costs a warning, not the training: what is written here is kept in
+        memory, or made again. Only at the end it must be there."""
+        try:
+            yield
+        except store_errors() as error:
+            if self.finished:
+                raise
+            _logger.warning("%s of step %d not written: %s", what, self.progress.step, error)
 
     # ------------------------------------------------------------------ health
 
@@ -235,8 +253,7 @@ class _DmdRun:
         verdict = self.health.look(self.progress.step, metrics)
         if verdict is None:
             return False
-        if self.group.rank == 0:
-            self.log.flush()  # what led to it can be seen, whatever follows
+        self._flush_log()  # what led to it can be seen, whatever follows
         if verdict.action != "rollback":
             self.health.record(verdict)
             return False
@@ -249,8 +266,7 @@ class _DmdRun:
         self.log.rewind(goal)
         self.health.replay(self.log.lines)
         self.beside.resume(goal)
-        if self.group.rank == 0:
-            self.log.flush()
+        self._flush_log()
         return True
 
     def _kept_checkpoints(self, committed: Sequence[int]) -> Collection[int]:
@@ -259,8 +275,7 @@ class _DmdRun:
     # ------------------------------------------------------------------ state
 
     def _save(self) -> None:
-        if self.group.rank == 0:
-            self.log.flush()
+        self._flush_log()
         step = self.progress.step
         state = {
             "pairs_digest": self.pins.digest,

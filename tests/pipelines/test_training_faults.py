@@ -265,12 +265,15 @@ def test_a_damaged_newest_checkpoint_ends_the_run_and_from_previous_goes_on(trai
     assert damaged.read_bytes() == content, "the evidence is gone"
 
     code, said = train("--from", "previous", steps=6)
-    assert code == Exit.OK and "step 4 is put aside, going back to step 2" in said
+    assert code == Exit.OK and "step 4 is put aside, back to step 2" in said
     store = open_store(str(train.folder))
     found = load_checkpoint(store.fs, store.path(CHECKPOINTS))
     assert found is not None and found.step == 6
     lines = (train.folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 7))
+
+    code, said = train("--from", "previous", steps=6)  # as a scheduler would repeat it
+    assert code == Exit.OK and "none is put aside" in said and "nothing to do" in said
 
 
 def groups_started() -> int:
