@@ -7,18 +7,15 @@ the run's seed, on any number of workers.
 
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import torch
 
 from dmd_core.checkpoint import CheckpointError
-from dmd_core.files import store_errors, write_atomic
 from dmd_core.health import DivergedError, Tally
 from dmd_core.networks import DmdNetworks
 from dmd_core.parallel import World
@@ -28,14 +25,12 @@ from pipelines.beside_task import EvaluationTask
 from pipelines.health_record import HealthRecordError, Remedies
 from pipelines.health_rules import derived, last_good
 from pipelines.health_watch import HealthWatch, StoppedError
-from pipelines.metrics_log import MetricsLog
-from pipelines.plots import picture_grid
 from pipelines.prefetch import Prefetcher
 from pipelines.progress import Throttle
 from pipelines.run_checkpoints import RunCheckpoints
 from pipelines.run_inputs import RunInputs
+from pipelines.run_log import RunLog
 from pipelines.step_data import Progress
-from pipelines.trackers import open_trackers
 from pipelines.train_config import StageKeys
 from pipelines.train_settings import lr_factor, stage_settings, trainer_settings
 from pipelines.workers import Group, set_threads
@@ -113,12 +108,7 @@ class _DmdRun:
         step = self.checkpoints.newest(self.health.read())
         if step is not None:
             self._restore(step)
-        self.log = MetricsLog(
-            self.store,
-            resume_step=self.progress.step,
-            trackers=self._trackers() if self.group.rank == 0 else (),
-        )
-        self.flush_throttle = Throttle(10.0)
+        self.log = RunLog(self.store, self.group, self.section.report_to, self.progress.step)
         self.health.replay(self.log.lines)
         self.beside.resume(self.progress.step, finished=self.finished)
         if self.progress.step == 0:
@@ -170,7 +160,7 @@ class _DmdRun:
         """Do the evaluations beside the training say that it is enough?"""
         for found in self.beside.advance().results:
             shown = {f"validation/{name}": value for name, value in found.values().items()}
-            self.log.add_scalars(found.step, shown)
+            self.log.scalars(found.step, shown)
         return self.beside.stop()
 
     def _is_preempted(self, step: int) -> bool:
@@ -204,8 +194,6 @@ class _DmdRun:
     def _log(self, metrics: Mapping[str, float]) -> None:
         names = {"stage": self.progress.stage} if self.section.stages else {}
         self.log.append({"step": self.progress.step, **names, **metrics})
-        if self.flush_throttle.ready():
-            self._flush_log()
 
     def _shown(self, tally: Tally, stage: str) -> dict[str, Any]:
         shown: dict[str, Any] = {
@@ -215,36 +203,12 @@ class _DmdRun:
             shown["pairs"] = f"pairs v{self.versions.segments[-1].version}"
         return shown | ({"stage": stage} if self.section.stages else {})
 
-    def _trackers(self) -> Sequence[Any]:
-        return open_trackers(self.section.report_to, self.store, resume_step=self.progress.step)
-
     def _show_samples(self) -> None:
-        """Teacher above, student below, on the same noise: samples/step_*.png."""
-        if self.group.rank != 0 and not self.networks.sharded:
-            return
-        with self.networks.averaged() as student:
-            rows = self.inputs.sample_pictures.rows(student)
-        if self.group.rank == 0:
-            path = self.store.path("samples", f"step_{self.progress.step:08d}.png")
-            with self._patience("sample pictures"):
-                write_atomic(self.store.fs, path, picture_grid(rows))
-            self.log.add_picture("samples", self.progress.step, np.concatenate(rows[1], axis=1))
-
-    def _flush_log(self) -> None:
-        if self.group.rank == 0:
-            with self._patience("metrics"):
-                self.log.flush()
-
-    @contextmanager
-    def _patience(self, what: str) -> Iterator[None]:
-        """A store that is away costs a warning, not the training: what is written here is kept in
-        memory, or made again. Only at the end it must be there."""
-        try:
-            yield
-        except store_errors() as error:
-            if self.finished:
-                raise
-            _logger.warning("%s of step %d not written: %s", what, self.progress.step, error)
+        """Of teacher and student, on the same noise."""
+        if self.group.rank == 0 or self.networks.sharded:
+            with self.networks.averaged() as student:
+                rows = self.inputs.sample_pictures.rows(student)
+            self.log.pictures(self.progress.step, rows, surely=self.finished)
 
     # ------------------------------------------------------------------ health
 
@@ -253,7 +217,7 @@ class _DmdRun:
         verdict = self.health.look(self.progress.step, metrics)
         if verdict is None:
             return False
-        self._flush_log()  # what led to it can be seen, whatever follows
+        self.log.flush()  # what led to it can be seen, whatever follows
         if verdict.action != "rollback":
             self.health.record(verdict)
             return False
@@ -266,7 +230,7 @@ class _DmdRun:
         self.log.rewind(goal)
         self.health.replay(self.log.lines)
         self.beside.resume(goal)
-        self._flush_log()
+        self.log.flush()
         return True
 
     def _kept_checkpoints(self, committed: Sequence[int]) -> Collection[int]:
@@ -275,7 +239,7 @@ class _DmdRun:
     # ------------------------------------------------------------------ state
 
     def _save(self) -> None:
-        self._flush_log()
+        self.log.flush(surely=self.finished)
         step = self.progress.step
         state = {
             "pairs_digest": self.pins.digest,

@@ -187,8 +187,10 @@ def close_tensors(
     expected: Mapping[str, Tensors],
     start: Mapping[str, Tensors],
     tolerance: float,
+    way: float | None = None,
 ) -> None:
-    """Weights to `tolerance` of the way that they went from `start`; the rest of its own size."""
+    """Weights to `way` (as `tolerance`) of the way that they went from `start`; the rest to
+    `tolerance` of its own size."""
     assert found.keys() == expected.keys()
     for part, tensors in expected.items():
         assert found[part].keys() == tensors.keys()
@@ -198,7 +200,8 @@ def close_tensors(
             away = _norm(found[part][n].double() - tensors[n] for n in names)
             origin = start.get("generator" if part == "ema" else part, {}) if not kind else {}
             size = _norm(tensors[n].double() - origin.get(n, 0.0) for n in names)
-            assert away <= tolerance * size, f"{part} {kind}: {away / size:.1e} of its size"
+            most = tolerance if kind or way is None else way
+            assert away <= most * size, f"{part} {kind}: {away / size:.1e} of its size"
 
 
 def _norm(tensors: Any) -> float:

@@ -117,6 +117,7 @@ def test_an_interrupted_run_equals_an_undisturbed_one_and_two_workers_equal_one(
         assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_all_workers_go_over_to_a_newer_version_at_the_same_step(train, tiny_teacher_dir, tmp_path):
     root = open_store(str(tmp_path / "growing"))
     for base, ids in (("a", range(1, 8)), ("b", range(8, 13))):
@@ -146,6 +147,7 @@ def test_all_workers_go_over_to_a_newer_version_at_the_same_step(train, tiny_tea
         assert [(line["step"], line.get("loss_reg")) for line in _losses(again)] == losses
 
 
+@pytest.mark.slow
 def test_two_workers_equal_one_for_dmd2_with_gan_and_stages(train, tmp_path):
     pictures = write_pictures(tmp_path / "pictures", [f"prompt {index}" for index in range(4)])
     stages = [

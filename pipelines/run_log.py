@@ -1,0 +1,84 @@
+"""What a run says of itself as it goes: metrics.jsonl, trackers, samples/step_*.png."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from dmd_core.files import store_errors, write_atomic
+from pipelines.metrics_log import MetricsLog
+from pipelines.plots import picture_grid
+from pipelines.progress import Throttle
+from pipelines.storage import Store
+from pipelines.trackers import TrackerName, open_trackers
+from pipelines.workers import Group
+
+_FLUSH_S = 10.0
+_logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Every worker has one; rank 0's writes. `step`: the run goes on after it.
+
+    A store that is away costs a warning, not the training: lines wait in memory for the next flush,
+    pictures are made again. `surely`: they must be there, for the run ends.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        group: Group,
+        report_to: TrackerName | Sequence[TrackerName],
+        step: int,
+    ) -> None:
+        self._store, self._writes = store, group.rank == 0
+        trackers = open_trackers(report_to, store, resume_step=step) if self._writes else ()
+        self._log = MetricsLog(store, resume_step=step, trackers=trackers)
+        self._due = Throttle(_FLUSH_S)
+
+    @property
+    def lines(self) -> Sequence[Mapping[str, Any]]:
+        """As `MetricsLog.lines`."""
+        return self._log.lines
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        self._log.append(line)
+        if self._due.ready():
+            self.flush()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """To the trackers alone."""
+        self._log.add_scalars(step, values)
+
+    def pictures(self, step: int, rows: Sequence[np.ndarray], *, surely: bool = False) -> None:
+        """`rows`: the teacher's above, the student's below, each (N,H,W,3) uint8."""
+        if not self._writes:
+            return
+        path = self._store.path("samples", f"step_{step:08d}.png")
+        with _patience(f"sample pictures of step {step}", surely):
+            write_atomic(self._store.fs, path, picture_grid(rows))
+        self._log.add_picture("samples", step, np.concatenate(rows[1], axis=1))
+
+    def flush(self, *, surely: bool = False) -> None:
+        if self._writes:
+            with _patience("metrics", surely):
+                self._log.flush()
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after `step`."""
+        self._log.rewind(step)
+
+    def close(self) -> None:
+        self._log.close()
+
+
+@contextmanager
+def _patience(what: str, surely: bool) -> Iterator[None]:
+    try:
+        yield
+    except store_errors() as error:
+        if surely:
+            raise
+        _logger.warning("%s not written: %s", what, error)
