@@ -69,8 +69,9 @@ def test_a_run_may_move_between_workers_and_placements(bench):  # noqa: F811
     for step, size, changes in ((2, 3, {}), (4, 2, shards), (5, 1, {})):
         run = bench.start(DMD2 | changes, size, store, Death(step))
     found, wanted = run.checkpoint(5), expected.checkpoint(5)
-    # Adam's first steps go as far where a gradient is all rounding as anywhere.
-    close_tensors(found.parts, wanted.parts, expected.outcome.begun, ROUNDING, way=2e-3)
+    # The head's biases before a GroupNorm have no gradient but rounding, of which Adam makes whole
+    # steps; the moments tell whether gradients are the same.
+    close_tensors(found.parts, wanted.parts, expected.outcome.begun, ROUNDING, way=2e-2)
     assert found.state == wanted.state
     close_lines(run.lines[:5], expected.lines[:5], ROUNDING)
 
