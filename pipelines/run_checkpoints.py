@@ -95,11 +95,13 @@ class RunCheckpoints:
 
     def settle(self) -> None:
         """Wait for the save that is under way, whether it succeeds or not."""
-        self._reopen()
+        self._saver.close()
+        self._count_failure()  # the next saver knows nothing of it
+        self._saver = self._open()
 
     def drop_after(self, step: int) -> None:
-        """Forget what was saved after `step`; the caller goes back there."""
-        self._reopen()  # what is on its way may be of a step to be forgotten
+        """Forget what was saved after `step`, to go back there. `settle` first: what is on its way
+        may be of a step to be forgotten."""
         self._group.first(lambda: self._remove_after(step))
 
     def close(self) -> None:
@@ -110,11 +112,6 @@ class RunCheckpoints:
                 collect_orphans(self._fs, self._root)
             except store_errors() as error:
                 _logger.warning("half-written checkpoints may be left in %s: %s", self._root, error)
-
-    def _reopen(self) -> None:
-        self._saver.close()
-        self._count_failure()  # the next saver knows nothing of it
-        self._saver = self._open()
 
     def _open(self) -> CheckpointSaver:
         return CheckpointSaver(self._fs, self._root, self._ranks, alone=self._ranks is None)

@@ -12,13 +12,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
 from fsspec import AbstractFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from dmd_core.files import is_local
-from pipelines.storage import Store
+from pipelines.storage import Store, open_store
 
 _OPERATIONS = (
     "cat", "cat_file", "cat_ranges", "copy", "cp_file", "delete", "du", "exists", "find", "get",
@@ -155,3 +157,13 @@ def _publishing_through(gate: Gate, root: str) -> Iterator[None]:
 
     with patch.multiple(os, **{name: stand_in(name) for name in _PUBLISHING}):
         yield
+
+
+def disk_or_memory(kind: str, folder: Path) -> Store:
+    """A run's folder on the local disk, or on what stands for an object store: a PUT is all or
+    nothing. `kind`: disk or memory."""
+    if kind == "disk":
+        return open_store(str(folder / "run"))
+    memory = MemoryFileSystem(skip_instance_cache=True)
+    memory.store, memory.pseudo_dirs = {}, [""]  # not those of the class
+    return Store(memory, "/run")

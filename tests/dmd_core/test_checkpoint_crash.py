@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from fsspec.implementations.memory import MemoryFileSystem
 
 from dmd_core.checkpoint import (
     Checkpoint,
@@ -19,7 +18,7 @@ from dmd_core.checkpoint import (
     save_checkpoint,
 )
 from pipelines.storage import Store, open_store
-from tests.faulty_store import Gate, Killed, StoreFault, Turn, every_index, gated
+from tests.faulty_store import Gate, Killed, StoreFault, Turn, disk_or_memory, every_index, gated
 
 
 def _checkpoint(step: int, fill: float) -> Checkpoint:
@@ -42,12 +41,7 @@ def _found(store: Store, step: int | None = None) -> tuple[int, float]:
 
 @pytest.fixture(params=["disk", "memory"])
 def store(request, tmp_path) -> Store:
-    """A local disk, and what stands for an object store: a PUT is all or nothing."""
-    if request.param == "disk":
-        return open_store(str(tmp_path / "run"))
-    memory = MemoryFileSystem(skip_instance_cache=True)
-    memory.store, memory.pseudo_dirs = {}, [""]  # not those of the class
-    return Store(memory, "/run")
+    return disk_or_memory(request.param, tmp_path)
 
 
 def _attempts(store: Store, what, run):

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from fsspec.implementations.memory import MemoryFileSystem
 from safetensors import SafetensorError
 
 from dmd_core.checkpoint import CheckpointError, committed_steps, load_checkpoint
@@ -20,7 +19,7 @@ from pipelines.run_checkpoints import RunCheckpoints
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store, open_store
 from pipelines.workers import Group
-from tests.faulty_store import Gate, Turn, every_index, gated
+from tests.faulty_store import Gate, Turn, disk_or_memory, every_index, gated
 
 KEEP = 2
 
@@ -46,12 +45,7 @@ def networks() -> Networks:
 
 @pytest.fixture(params=["disk", "memory"])
 def store(request, tmp_path) -> Store:
-    """A local disk, and what stands for an object store: a PUT is all or nothing."""
-    if request.param == "disk":
-        return open_store(str(tmp_path / "run"))
-    memory = MemoryFileSystem(skip_instance_cache=True)
-    memory.store, memory.pseudo_dirs = {}, [""]  # not those of the class
-    return Store(memory, "/run")
+    return disk_or_memory(request.param, tmp_path)
 
 
 class Loop:
