@@ -22,7 +22,7 @@ from pipelines.batches import PairReader
 from pipelines.config import PairsSection
 from pipelines.generate import _map_on_cluster
 from pipelines.manifest import Manifest, load_manifest
-from pipelines.pairs import encode_pairs, fingerprint_of, library_versions
+from pipelines.pairs import PARQUET_OPTIONS, encode_pairs, fingerprint_of, library_versions
 from pipelines.prompts import LandedPrompts, PromptSource, land_prompts
 from pipelines.seal import map_in_threads, seal_generation
 from pipelines.storage import Store, open_store
@@ -60,7 +60,7 @@ def made_pairs(work: dict[str, Any]) -> dict[str, Any]:
         table = encode_pairs(pairs, seeds, fingerprint=fingerprint, provenance=versions)
         base = f"000001_{number:06d}"
         path = f"{folders[0]}/{base}-0.parquet"
-        pq.write_table(table, path, row_group_size=section.row_group_rows, write_page_checksum=True)
+        pq.write_table(table, path, row_group_size=section.row_group_rows, **PARQUET_OPTIONS)
         pq.write_table(pa.table({"pair_id": ids}), f"{folders[1]}/{base}.parquet")
     return {"rows": landed.rows}
 

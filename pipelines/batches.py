@@ -29,8 +29,8 @@ _PAIR = ("pair_id", "prompt", "noise", "latent")
 class PairReader:
     """Random access to the training batches of one sealed version.
 
-    A window of rows is read whole and put into the order of the stream; a batch is copied out of
-    it. `verify` compares the sha256 of each file, once, when it is first read; its size always.
+    A window of rows is read whole; a batch is copied out of it, each tensor once. `verify` compares
+    the sha256 of each file, once, when it is first read; its size always.
     """
 
     def __init__(self, root: Store, manifest: Manifest, seed: int, *, verify: bool = False) -> None:
@@ -84,12 +84,18 @@ class PairReader:
         return self._pairs(self._order.window_rows(window))
 
     def _pairs(self, rows: np.ndarray) -> "_Pairs":
-        table, layout = self._rows.read(rows, _PAIR), self._files.layout()
+        found, layout = self._rows.read(rows, _PAIR), self._files.layout()
         noise, latents = (
-            tensor_values(table[name], prod(layout.shape), layout.dtype).reshape(-1, *layout.shape)
+            [
+                tensor_values(table[name], prod(layout.shape), layout.dtype).reshape(
+                    -1, *layout.shape
+                )
+                for table in found.tables
+            ]
             for name in ("noise", "latent")
         )
-        return _Pairs(table["pair_id"].to_numpy(), _text(table["prompt"]), noise, latents)
+        ids = found.column("pair_id").to_numpy()
+        return _Pairs(ids, _text(found.column("prompt")), found.table, found.place, noise, latents)
 
 
 class PairPrompts:
@@ -108,25 +114,52 @@ class PairPrompts:
         return tuple(prompt for part in texts for prompt in part)
 
     def _read_window(self, window: tuple[int, int]) -> pa.Array:
-        return _text(self._rows.read(self._order.window_rows(window), ["prompt"])["prompt"])
+        found = self._rows.read(self._order.window_rows(window), ["prompt"])
+        return _text(found.column("prompt"))
 
 
 class _Pairs(NamedTuple):
-    """Pairs in their order, as views of what Arrow holds: not to be written to."""
+    """Pairs in their order. Row i's tensors lie in place[i] of noise[table[i]] and
+    latents[table[i]], which are views of what Arrow holds: not to be written to."""
 
     pair_ids: np.ndarray
     prompts: pa.Array
-    noise: np.ndarray
-    latents: np.ndarray
+    table: np.ndarray
+    place: np.ndarray
+    noise: list[np.ndarray]
+    latents: list[np.ndarray]
 
     def batch(self, start: int, stop: int) -> PairBatch:
         """A copy of some of them."""
+        table, place = self.table[start:stop], self.place[start:stop]
+        shape, dtype = (stop - start, *self.noise[0].shape[1:]), self.noise[0].dtype
+        noise, latents = np.empty(shape, dtype), np.empty(shape, dtype)
+        for number, (its_noise, its_latents) in enumerate(
+            zip(self.noise, self.latents, strict=True)
+        ):
+            here = (table == number).nonzero()[0]
+            noise[here] = its_noise[place[here]]
+            latents[here] = its_latents[place[here]]
         return PairBatch(
             tuple(self.pair_ids[start:stop].tolist()),
             tuple(self.prompts[start:stop].to_pylist()),
-            torch.from_numpy(self.noise[start:stop].copy()),
-            torch.from_numpy(self.latents[start:stop].copy()),
+            torch.from_numpy(noise),
+            torch.from_numpy(latents),
         )
+
+
+class _Found(NamedTuple):
+    """Rows that were read, in the asked order: row i is row place[i] of tables[table[i]]."""
+
+    tables: list[pa.Table]
+    table: np.ndarray
+    place: np.ndarray
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One column of the rows, in order."""
+        starts = np.cumsum([0, *(len(table) for table in self.tables)])[self.table]
+        column = pa.chunked_array([chunk for t in self.tables for chunk in t[name].chunks])
+        return column.take(pa.array(starts + self.place))
 
 
 class _Rows:
@@ -146,17 +179,12 @@ class _Rows:
     def __len__(self) -> int:
         return len(self._group)
 
-    def read(self, rows: np.ndarray, columns: Sequence[str]) -> pa.Table:
+    def read(self, rows: np.ndarray, columns: Sequence[str]) -> _Found:
         """The rows (indices into the version) in the given order; each row group is read once."""
-        tables, taken, start = [], np.empty(len(rows), np.int64), 0
-        group = self._group[rows]
-        for number in np.unique(group):
-            here = np.flatnonzero(group == number)
-            taken[here] = start + self._place[rows[here]]
-            file, row_group = self._groups[number]
-            tables.append(self._files.read(file, row_group, columns))
-            start += tables[-1].num_rows
-        return pa.concat_tables(tables).take(pa.array(taken))
+        groups, table = np.unique(self._group[rows], return_inverse=True)
+        places = [self._groups[group] for group in groups]
+        tables = [self._files.read(file, row_group, columns) for file, row_group in places]
+        return _Found(tables, table, self._place[rows])
 
 
 def _text(column: pa.ChunkedArray) -> pa.Array:

@@ -19,6 +19,7 @@ from pipelines.landed import table_ids
 from pipelines.lease import Lease
 from pipelines.ledger import finished_ids, forget_lost_files
 from pipelines.manifest import Manifest
+from pipelines.pairs import PARQUET_OPTIONS
 from pipelines.prompts import LandedFile, LandedPrompts
 from pipelines.seal import (
     FileFacts,
@@ -114,7 +115,7 @@ def _write_missing_rows(task: TeacherTask, file: LandedFile, lease: Lease) -> No
             mode=SaveMode.APPEND,
             filename_provider=_FencedNames(lease.fence),
             row_group_size=section.row_group_rows,
-            write_page_checksum=True,  # a flipped bit is an error of whoever reads the page
+            **PARQUET_OPTIONS,
         )
 
 

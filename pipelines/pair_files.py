@@ -55,7 +55,7 @@ class PairFiles:
         groups = [] if row_group is None else [row_group]
         try:
             parquet = self._opened(path, number, file)
-            table = parquet.read_row_groups(groups, list(columns), use_threads=False)
+            table = parquet.read_row_groups(groups, list(columns), use_threads=True)
         except (pa.ArrowException, PairSchemaError, OSError) as error:
             raise PairFileError(f"{path}: cannot be read: {error}") from error
         for name in columns:

@@ -132,6 +132,18 @@ def pair_schema(
     )
 
 
+# How rows are written. Tensors of noise do not get smaller: trying costs the writer and, at every
+# epoch, the reader.
+PARQUET_OPTIONS: dict[str, Any] = {
+    "write_page_checksum": True,  # a flipped bit is an error of whoever reads the page
+    "use_dictionary": ["prompt", _NEGATIVE_PROMPT],
+    "compression": {
+        name: "none" if name in TENSORS else "snappy"
+        for name in ("schema_version", "pair_id", "prompt", "seed", _NEGATIVE_PROMPT, *TENSORS)
+    },
+}
+
+
 def encode_pairs(
     batch: PairBatch,
     seeds: Sequence[int],

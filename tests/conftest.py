@@ -1,7 +1,9 @@
 """What the whole test session shares: one Ray, one tiny teacher, two S3 servers."""
 
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -50,7 +52,7 @@ def tiny_teacher_dir(tmp_path_factory) -> str:
     """A folder with a StableDiffusionPipeline of random weights: 16×16 pixels, 4×4 latents."""
     import torch
 
-    from dmd_core.miniature import MiniatureSize, build_miniature, learn_vocabulary
+    from dmd_core.miniature import MiniatureSize, Vocabulary, build_miniature
 
     size = MiniatureSize(
         image_size=16,
@@ -63,9 +65,13 @@ def tiny_teacher_dir(tmp_path_factory) -> str:
         vocabulary=300,
         norm_groups=4,
     )
+    # Learned from CAPTIONS once and kept: learning breaks ties differently in every process, and
+    # with them the teacher of every test session would be another.
+    kept = json.loads((Path(__file__).parent / "tiny_vocabulary.json").read_text())
+    vocabulary = Vocabulary(kept["tokens"], tuple(map(tuple, kept["merges"])))
     torch.manual_seed(0)
     folder = str(tmp_path_factory.mktemp("teacher") / "tiny")
-    build_miniature(size, learn_vocabulary(CAPTIONS, size)).save_pretrained(folder)
+    build_miniature(size, vocabulary).save_pretrained(folder)
     return folder
 
 

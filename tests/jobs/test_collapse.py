@@ -56,6 +56,7 @@ def test_a_collapse_is_rolled_back_and_the_run_finishes(ray_cluster, recipe, tmp
     assert read_state(store.fs, root, STEPS)["rollbacks"] == len(events)
 
 
+@pytest.mark.slow
 def test_the_same_recipe_without_the_rule_does_collapse(ray_cluster, recipe, tmp_path, capfd):
     off = {"train__health": "{rules: []}", "train__max_train_steps": 8}
     code, err = run_tiny("train", recipe, off, capfd)
@@ -63,6 +64,7 @@ def test_the_same_recipe_without_the_rule_does_collapse(ray_cluster, recipe, tmp
     assert max(line["sample_std"] for line in _lines(tmp_path)) > 2 * LIMIT
 
 
+@pytest.mark.slow
 def test_a_collapse_that_is_to_stop_the_run_ends_it_once(ray_cluster, recipe, tmp_path, capfd):
     stop = HEALTH.replace("rollback", "stop")
     code, err = run_tiny("train", recipe, {"train__health": stop}, capfd)

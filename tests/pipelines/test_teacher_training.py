@@ -63,6 +63,7 @@ def test_training_resumes_bit_for_bit_and_writes_a_pipeline(tmp_path, capsys):
     _train(straight)  # a finished training does nothing
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_start_from_keeps_vae_and_vocabulary_and_resumes_from_its_checkpoint(tmp_path):
     _train(tmp_path / "first")

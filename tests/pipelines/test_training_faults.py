@@ -242,6 +242,7 @@ def train(ray_cluster, tiny_teacher_dir, tmp_path, capfd):
     return run
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_ends_the_run_and_from_previous_goes_on(train):
     assert train(steps=4)[0] == Exit.OK
     newest = train.folder / CHECKPOINTS / "checkpoint-00000004"
