@@ -26,7 +26,8 @@ from benchmarks.parity_reference import (
     shake,
 )
 from dmd_core.condition import Condition
-from dmd_core.denoiser import DiffusersNetwork, RawNetwork
+from dmd_core.denoiser import RawNetwork
+from dmd_core.diffusers_networks import DiffusersNetwork
 
 SD_FILES = ("main/sd_guidance.py", "main/utils.py", "main/sd_unet_forward.py")
 EDM_FILES = ("main/edm/edm_guidance.py", "third_party/edm/training/networks.py")

@@ -19,7 +19,8 @@ from benchmarks.train_networks import (
     real_pictures,
 )
 from dmd_core.condition import Condition
-from dmd_core.denoiser import DiffusersNetwork, NetworkDenoiser
+from dmd_core.denoiser import NetworkDenoiser
+from dmd_core.diffusers_networks import DiffusersNetwork
 from dmd_core.networks import DmdNetworks, World
 from dmd_core.schedule import Schedule
 from dmd_core.teacher import Teacher, load_teacher
@@ -72,7 +73,7 @@ def ours(case: Case) -> Contestant:
         trainer.step(source.draw(progress, keys, None))
         progress = progress.after_step(keys)
 
-    modules = [teacher.pipeline.unet, networks.generator, networks.fake]
+    modules = [teacher.model, networks.generator, networks.fake]
     return Contestant(step, modules + ([networks.head] if networks.head else []))
 
 
@@ -104,8 +105,7 @@ def _sd_teacher(case: Case) -> Teacher:
 
 
 def _edm_teacher(case: Case) -> Teacher:
-    """Their EDM network in the place of a teacher's UNet. `load_teacher` takes no such teacher;
-    nothing behind it minds."""
+    """Their EDM network in the place of a teacher's UNet."""
     unet: nn.Module = _EdmUnet(edm_network(case), case.edm)
     nn.Module.to(unet, case.device)  # diffusers' own asks for its registered configuration
     unet.requires_grad_(False)
@@ -115,7 +115,7 @@ def _edm_teacher(case: Case) -> Teacher:
 
     schedule = Schedule.edm()
     teacher = SimpleNamespace(
-        pipeline=SimpleNamespace(unet=unet),
+        model=unet,
         schedule=schedule,
         device=case.device,
         encode_prompts=encode,

@@ -5,7 +5,7 @@ of the fields a family uses.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -14,14 +14,18 @@ import torch
 class Condition:
     """Every tensor has one row per sample, or is absent.
 
-    `text` (B,L,D) token embeddings; `pooled` (B,P) the pooled text embedding of SDXL; `time_ids`
-    (B,6) its size and crop; `labels` (B,) int64 classes. All absent: an unconditional network.
+    `text` (B,L,D) token embeddings and their `mask` (B,L), 1 = attend (PixArt); `pooled` (B,P) the
+    pooled text embedding (SDXL, SD 3, FLUX); `time_ids` (B,6) SDXL's size and crop; `guidance`
+    (B,) the scale that a guidance-distilled network takes as an input (FLUX); `labels` (B,) int64
+    classes. All absent: an unconditional network.
     """
 
     text: torch.Tensor | None = None
     pooled: torch.Tensor | None = None
     time_ids: torch.Tensor | None = None
     labels: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    guidance: torch.Tensor | None = None
 
     @staticmethod
     def cat(*parts: "Condition") -> "Condition":
@@ -42,6 +46,11 @@ class Condition:
     def expand(self, count: int) -> "Condition":
         """A condition of one row, repeated `count` times."""
         return self._map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
+
+    def with_guidance(self, scale: float) -> "Condition":
+        """The same for another scale; only where the network takes one."""
+        assert self.guidance is not None
+        return replace(self, guidance=torch.full_like(self.guidance, scale))
 
     def to(self, device: torch.device | str) -> "Condition":
         return self._map(lambda tensor: tensor.to(device))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+from dmd_core.latents import from_latents
 from dmd_core.losses import Distance
 from dmd_core.teacher import Teacher, TeacherError
 
@@ -20,16 +21,18 @@ Decode = Callable[[torch.Tensor], torch.Tensor]
 
 
 def load_decoder(teacher: Teacher, source: str) -> Decode:
-    """The teacher's own VAE ("vae"), or an AutoencoderTiny / AutoencoderKL folder, frozen."""
-    vae: Any = teacher.pipeline.vae
+    """The teacher's own VAE ("vae"), or an AutoencoderTiny / AutoencoderKL folder, frozen. Of a
+    teacher on pixels: the pixels themselves."""
+    vae: Any = teacher.vae
+    if vae is None:
+        return lambda pixels: pixels
     if source != "vae":
         vae = _load(source)
         vae.to(device=teacher.device)
         vae.eval().requires_grad_(False)
-    scale = vae.config.scaling_factor
 
     def decode(latents: torch.Tensor) -> torch.Tensor:
-        return vae.decode(latents / scale, return_dict=False)[0]
+        return vae.decode(from_latents(vae, latents), return_dict=False)[0]
 
     return decode
 
@@ -62,8 +65,8 @@ def _decoder_class(source: str) -> Any:
     config = Path(source) / "config.json"
     if not config.is_file():
         raise TeacherError(
-            f"decoder {source} has no config.json; expected vae, or a folder with "
-            f"one of {', '.join(classes)}"
+            f"decoder {source} has no config.json; expected vae (the teacher's own, which needs no "
+            f"file), or a local folder with one of {', '.join(classes)}"
         )
     name = json.loads(config.read_text()).get("_class_name")
     if name not in classes:

@@ -7,11 +7,9 @@ of it.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
-from torch import nn
 
 from dmd_core.condition import Condition
 from dmd_core.schedule import Schedule
@@ -27,34 +25,6 @@ class Denoiser(Protocol):
     def schedule(self) -> Schedule: ...
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor: ...
-
-
-class DiffusersNetwork(nn.Module):
-    """A diffusers UNet as a raw network: `Condition` → the arguments its class takes."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, x: torch.Tensor, time: torch.Tensor, cond: Condition) -> torch.Tensor:
-        return self.unet(x, time, **_unet_arguments(self.unet, cond), return_dict=False)[0]
-
-
-def _unet_arguments(unet: nn.Module, cond: Condition) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    if cond.labels is not None:
-        arguments["class_labels"] = cond.labels
-    if isinstance(unet, UNet2DModel):
-        return arguments
-    if not isinstance(unet, UNet2DConditionModel):
-        raise TypeError(
-            f"{type(unet).__name__} is not a network this version drives; "
-            "expected UNet2DConditionModel or UNet2DModel"
-        )
-    arguments["encoder_hidden_states"] = cond.text
-    if cond.pooled is not None:  # SDXL
-        arguments["added_cond_kwargs"] = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
-    return arguments
 
 
 @dataclass(frozen=True)
@@ -92,6 +62,7 @@ class GuidedDenoiser:
 
     x₀ is affine in every prediction type, so guiding x₀ equals guiding the raw output. `uncond`
     has one row: the negative prompt, or the "no class" label. Both halves run in one forward pass.
+    A guidance-distilled network is told s instead.
     """
 
     denoiser: Denoiser
@@ -103,6 +74,8 @@ class GuidedDenoiser:
         return self.denoiser.schedule
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
+        if cond.guidance is not None:
+            return self.denoiser(x_t, t, cond.with_guidance(self.scale))
         if self.scale == 1.0:
             return self.denoiser(x_t, t, cond)
         both = self.denoiser(

@@ -73,17 +73,22 @@ def flow_shift(config: Mapping[str, Any], image_tokens: int | None) -> float:
         # A VP class on flow sigmas calls it flow_shift.
         own = "flow_shift" if config.get("use_flow_sigmas", False) else "shift"
         return float(config.get(own, 1.0))
+    mu = flow_mu(config, image_tokens)
+    return mu if config.get("time_shift_type", "exponential") == "linear" else exp(mu)
+
+
+def flow_mu(config: Mapping[str, Any], image_tokens: int | None) -> float:
+    """The μ that schedulers with dynamic shifting are told (s = e^μ, or μ for the linear type)."""
     if image_tokens is None:
         raise ValueError(
             "the scheduler shifts by resolution (use_dynamic_shifting); "
             "expected the number of latent patches of a picture (image_tokens)"
         )
-    # FLUX: μ linear in the number of patches, s = e^μ (s = μ for the linear type). The defaults,
-    # for classes without these settings, are those of its pipeline.
+    # Linear in the number of patches. The defaults, for classes without these settings, are those
+    # of FLUX's pipeline.
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    mu = base + (top - base) / (high - low) * (image_tokens - low)
-    return mu if config.get("time_shift_type", "exponential") == "linear" else exp(mu)
+    return base + (top - base) / (high - low) * (image_tokens - low)
 
 
 def edm_sigmas(scheduler) -> torch.Tensor:

@@ -1,4 +1,8 @@
-"""Station 8: the trained student as a plain diffusers pipeline that samples in its few steps."""
+"""Station 8: the trained student as a plain diffusers pipeline that samples in its few steps.
+
+The pipeline is of the teacher's own class, with the student's network and a scheduler whose
+default times are the student's.
+"""
 
 import copy
 import json
@@ -6,93 +10,24 @@ import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    LCMScheduler,
-    SchedulerMixin,
-    StableDiffusionPipeline,
-)
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from dmd_core.checkpoint import Tensors
+from dmd_core.diffusers_schedules import family as schedule_family
+from dmd_core.families import CLASSES, Family
 from dmd_core.lora import LoraSettings, add_lora, fuse_lora, lora_config, lora_state
-from dmd_core.ode import noise_settings
+from dmd_core.model_card import model_card
 from dmd_core.schedule import Schedule
+from dmd_core.student_schedulers import student_scheduler
 from dmd_core.teacher import Teacher
 
 LORA_FOLDER = "lora"
-
-
-def student_scheduler(teacher_config: dict, timesteps: tuple[int, ...]) -> SchedulerMixin:
-    """A scheduler whose default timesteps, for len(`timesteps`) steps, are exactly `timesteps`.
-
-    Raises ValueError when no scheduler's defaults are these; then the student would need its user
-    to pass them by hand. `teacher_config` is the configuration of a variance-preserving scheduler.
-    """
-    total = teacher_config["num_train_timesteps"]
-    if len(timesteps) == 1:
-        scheduler = _one_step(teacher_config, timesteps[0])
-    else:
-        scheduler = _few_steps(teacher_config, timesteps)
-    scheduler.set_timesteps(len(timesteps))
-    found = tuple(scheduler.timesteps.tolist())
-    if found != timesteps:
-        even = tuple(total - 1 - total * k // len(timesteps) for k in range(len(timesteps)))
-        raise ValueError(
-            f"no diffusers scheduler has the timesteps {list(timesteps)} as its default (nearest: "
-            f"{list(found)}); expected evenly spaced times such as {list(even)}"
-        )
-    return scheduler
-
-
-def _one_step(config: dict, timestep: int) -> DDIMScheduler:
-    """One step at `timestep` that returns x̂₀ itself.
-
-    "trailing" spacing puts one step at the last time, and DDIM's last step, with ᾱ = 1 after it,
-    returns the predicted x₀ without re-noising. For an earlier time the schedule is cut off there.
-    """
-    settings: dict = {
-        "timestep_spacing": "trailing",
-        "set_alpha_to_one": True,
-        "clip_sample": False,
-        "thresholding": False,
-    }
-    if timestep != config["num_train_timesteps"] - 1:
-        whole = DDIMScheduler.from_config(dict(config), **noise_settings(config))
-        betas = whole.betas[: timestep + 1]
-        settings |= {
-            "trained_betas": [float(beta) for beta in betas],
-            "num_train_timesteps": timestep + 1,
-            "rescale_betas_zero_snr": False,  # those betas are rescaled already
-        }
-    scheduler = DDIMScheduler.from_config(dict(config), **(noise_settings(config) | settings))
-    assert isinstance(scheduler, DDIMScheduler)
-    return scheduler
-
-
-def _few_steps(config: dict, timesteps: tuple[int, ...]) -> LCMScheduler:
-    """x̂₀, then fresh noise to the next time: what DMD2's student does, and LCM's scheduler too.
-
-    Its default grid of 50 times gives 999, 759, 499, 259; one of all times 999, 749, 499, 249.
-    """
-    total = config["num_train_timesteps"]
-    grids = [n for n in range(total, 0, -1) if total % n == 0 and n >= len(timesteps)]
-    for grid in grids:
-        scheduler = LCMScheduler.from_config(
-            dict(config),
-            **noise_settings(config),
-            original_inference_steps=grid,
-            clip_sample=False,
-            thresholding=False,
-        )
-        assert isinstance(scheduler, LCMScheduler)
-        scheduler.set_timesteps(len(timesteps))
-        if tuple(scheduler.timesteps.tolist()) == timesteps:
-            return scheduler
-    return LCMScheduler.from_config(dict(config), original_inference_steps=total)  # type: ignore
+# Of a pipeline beside its parts: what its class takes and keeps in model_index.json.
+_SETTINGS = ("requires_safety_checker", "force_zeros_for_empty_prompt")
 
 
 def export_student(
@@ -105,26 +40,29 @@ def export_student(
     dtype: torch.dtype,
     lora: LoraSettings | None = None,
 ) -> None:
-    """Write `target`/ as a pipeline folder: the teacher's parts, the student's UNet, its steps.
+    """Write `target`/ as a pipeline folder: the teacher's parts, the student's network, its steps.
 
-    With `lora`, `generator` holds adapters: the UNet is exported with them fused, and the adapters
-    alone go to `target`/lora/. `card` goes into the model card. A folder is complete or absent: it
-    is written beside and moved into place. The teacher is left as it was.
+    With `lora`, `generator` holds adapters: the network is exported with them fused, and the
+    adapters alone go to `target`/lora/. `card` goes into the model card. A folder is complete or
+    absent: it is written beside and moved into place. The teacher is left as it was.
     """
-    unet = copy.deepcopy(teacher.pipeline.unet)
-    scheduler = student_scheduler(dict(teacher.pipeline.scheduler.config), timesteps)
+    network, family = copy.deepcopy(teacher.model), teacher.family
+    scheduler = teacher_student_scheduler(teacher, timesteps)
     temporary = Path(f"{target}.{uuid.uuid4().hex}.tmp")
     try:
         if lora is None:
-            unet.load_state_dict(generator)
+            network.load_state_dict(generator)
         else:
-            _load_adapters(unet, generator, lora)
-            _save_adapters(unet, temporary / LORA_FOLDER)
-            fuse_lora(unet)
-        components = teacher.pipeline.components | {"unet": unet, "scheduler": scheduler}
-        pipeline = type(teacher.pipeline)(**components, requires_safety_checker=False)
+            _load_adapters(network, generator, lora)
+            _save_adapters(family, network, temporary / LORA_FOLDER)
+            fuse_lora(network)
+        pipeline = _pipeline_of(teacher, network, scheduler)
         _with_dtype(pipeline, dtype, lambda: pipeline.save_pretrained(temporary))
-        (temporary / "README.md").write_text(_model_card(card, len(timesteps), lora is not None))
+        if teacher.encoder.class_names:
+            (temporary / CLASSES).write_text(json.dumps(teacher.encoder.class_names))
+        absent = [name for name in family.optional if getattr(pipeline, name, card) is None]
+        text = model_card(family, card, len(timesteps), lora is not None, absent)
+        (temporary / "README.md").write_text(text)
         if Path(target).exists():
             shutil.rmtree(target)
         temporary.rename(target)
@@ -132,31 +70,49 @@ def export_student(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _load_adapters(unet: nn.Module, adapters: Tensors, lora: LoraSettings) -> None:
-    add_lora(unet, lora, seed=0)
-    expected = {name for name, p in unet.named_parameters() if p.requires_grad}
+def teacher_student_scheduler(teacher: Teacher, timesteps: tuple[int, ...]) -> Any:
+    """`student_scheduler` for this teacher, at the size of picture it was loaded for."""
+    return student_scheduler(
+        dict(teacher.pipeline.scheduler.config),
+        timesteps,
+        image_tokens=teacher.geometry.image_tokens(teacher.latent_shape(*teacher.size)),
+        by_sigmas=teacher.family.by_sigmas,
+    )
+
+
+def _pipeline_of(teacher: Teacher, network: nn.Module, scheduler: Any) -> DiffusionPipeline:
+    pipeline = teacher.pipeline
+    settings = {name: pipeline.config[name] for name in _SETTINGS if name in pipeline.config}
+    parts = pipeline.components | {teacher.family.model: network, "scheduler": scheduler}
+    return type(pipeline)(**parts, **settings)
+
+
+def _load_adapters(network: nn.Module, adapters: Tensors, lora: LoraSettings) -> None:
+    add_lora(network, lora, seed=0)
+    expected = {name for name, p in network.named_parameters() if p.requires_grad}
     if adapters.keys() != expected:
         raise ValueError(
             f"the checkpoint holds {len(adapters)} adapter weights, these settings need "
             f"{len(expected)}; was it trained with other lora_rank or lora_targets?"
         )
-    unet.load_state_dict(adapters, strict=False)
+    network.load_state_dict(adapters, strict=False)
 
 
-def _save_adapters(unet: nn.Module, folder: Path) -> None:
+def _save_adapters(family: Family, network: nn.Module, folder: Path) -> None:
     """As diffusers' `load_lora_weights` reads them: pytorch_lora_weights.safetensors."""
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        unet_lora_layers=dict(lora_state(unet)),
-        # With the settings: without them a reader takes alpha = rank.
-        unet_lora_adapter_metadata=lora_config(unet),
-        safe_serialization=True,
-    )
+    # With the settings: without them a reader takes alpha = rank.
+    parts = {
+        f"{family.model}_lora_layers": dict(lora_state(network)),
+        f"{family.model}_lora_adapter_metadata": lora_config(network),
+    }
+    family.pipeline_class.save_lora_weights(folder, **parts, safe_serialization=True)
 
 
-def _with_dtype(pipeline: DiffusionPipeline, dtype: torch.dtype, save: Callable[[], None]) -> None:
+def _with_dtype(pipeline: Any, dtype: torch.dtype, save: Callable[[], None]) -> None:
     """Save in `dtype` and leave the teacher's own parts in float32."""
-    parts = (pipeline.vae, pipeline.unet, pipeline.text_encoder)
+    if dtype == torch.float32:
+        return save()
+    parts = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     try:
         for part in parts:
             part.to(dtype)
@@ -166,8 +122,17 @@ def _with_dtype(pipeline: DiffusionPipeline, dtype: torch.dtype, save: Callable[
             part.float()
 
 
-def check_exportable(schedule: Schedule, config: dict, timesteps: tuple[int, ...] | None) -> None:
-    """Fail at the door: are these times of the teacher's schedule, and a scheduler's default?"""
+def check_exportable(
+    schedule: Schedule,
+    config: dict,
+    timesteps: tuple[int, ...] | None,
+    family: Family,
+    image_tokens: int | None = None,
+) -> None:
+    """Fail at the door: are these times of the teacher's schedule, and a scheduler's default?
+
+    `config`: of the teacher's scheduler. Raises ValueError.
+    """
     times = timesteps or (schedule.num_timesteps - 1,)
     wrong = [t for t in times if not 0 <= t < schedule.num_timesteps]
     if wrong:
@@ -177,52 +142,33 @@ def check_exportable(schedule: Schedule, config: dict, timesteps: tuple[int, ...
         )
     if schedule.prediction_type == "epsilon" and float(schedule.alphas[max(times)]) < 1e-3:
         raise ValueError(f"at time {max(times)} α is 0, where ε says nothing about x₀")
-    scheduler = student_scheduler(config, times)
-    exported = Schedule.from_scheduler(scheduler) if hasattr(scheduler, "alphas_cumprod") else None
+    if len(times) > 1 and family.pipeline == "DDIMPipeline":
+        raise ValueError(
+            f"{len(times)} student_timesteps, but a DDIMPipeline runs DDIM whatever its folder "
+            "says; expected one, or a teacher saved as a DDPMPipeline"
+        )
+    kind = schedule_family(config.get("_class_name", ""), config)
+    if kind not in family.schedules:
+        raise ValueError(
+            f"a {schedule.prediction_type} student of this noise schedule cannot be exported: a "
+            f"{family.pipeline} does not run schedulers of its kind ({kind}); expected "
+            f"{' or '.join(family.schedules)}"
+        )
+    scheduler = student_scheduler(
+        config, times, image_tokens=image_tokens, by_sigmas=family.by_sigmas
+    )
+    if hasattr(scheduler, "alphas_cumprod"):  # the others were compared by their σ
+        _compare_noise(Schedule.from_scheduler(scheduler), schedule, times, scheduler)
+
+
+def _compare_noise(
+    exported: Schedule, schedule: Schedule, times: tuple[int, ...], scheduler: Any
+) -> None:
     index = torch.tensor(times)
-    if (
-        exported is None
-        or exported.prediction_type != schedule.prediction_type
-        or not torch.allclose(exported.alphas[index], schedule.alphas[index], rtol=1e-4)
+    if exported.prediction_type != schedule.prediction_type or not torch.allclose(
+        exported.alphas[index], schedule.alphas[index], rtol=1e-4
     ):
         raise ValueError(
             f"a {schedule.prediction_type} student of this noise schedule cannot be exported: "
-            f"{type(scheduler).__name__} does not carry the schedule; expected a "
-            "variance-preserving teacher (Stable Diffusion 1.x or 2.x)"
+            f"{type(scheduler).__name__} does not carry the schedule"
         )
-
-
-def _model_card(card: dict, steps: int, lora: bool) -> str:
-    title = "A one-step student" if steps == 1 else f"A {steps}-step student"
-    adapters = (
-        "\nThe folder `lora/` holds the adapters alone, for `load_lora_weights` on the teacher "
-        "with this folder's scheduler.\n"
-        if lora
-        else ""
-    )
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [distribution-matching-distillation, few-step]
----
-
-# {title}
-
-Distilled from a multi-step teacher with Distribution Matching Distillation
-(Yin et al., CVPR 2024). It makes a picture in {steps} network evaluation{"s" * (steps > 1)}:
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
-pipe("fox", num_inference_steps={steps}, guidance_scale=0).images[0].save("fox.png")
-```
-
-Guidance is part of the student; leave `guidance_scale` at 0.
-{adapters}
-## Provenance
-
-```json
-{json.dumps(card, indent=2)}
-```
-"""

@@ -13,6 +13,7 @@ from torch import nn
 
 from dmd_core.condition import Condition
 from dmd_core.denoiser import NetworkDenoiser
+from dmd_core.diffusers_networks import feature_map
 from dmd_core.schedule import Schedule
 
 # (x_t, t, cond) of some samples
@@ -55,7 +56,8 @@ class FakeScoreNetwork(nn.Module):
 
     Called with `judged` = n, the last n rows are judged (logits (n,)) and only the rows before
     them give a score (raw output (B−n,…)): behind `middle`, in the blocks `after`, only these are
-    computed. A judge reads the encoder, which is less than half of a UNet.
+    computed. A judge reads the encoder, which is less than half of a UNet. Where `middle` gives
+    tokens, each stands for `patch` × `patch` of the sample.
     """
 
     def __init__(
@@ -64,9 +66,10 @@ class FakeScoreNetwork(nn.Module):
         middle: nn.Module | None = None,
         head: nn.Module | None = None,
         after: Iterable[nn.Module] = (),
+        patch: int = 1,
     ) -> None:
         super().__init__()
-        self.network, self.head = network, head
+        self.network, self.head, self._patch = network, head, patch
         self._features: torch.Tensor | None = None
         self._rows: slice = slice(None)  # those that give a score
         if head is not None:
@@ -76,8 +79,9 @@ class FakeScoreNetwork(nn.Module):
             for block in after:
                 block.register_forward_pre_hook(self._narrow, with_kwargs=True)
 
-    def _keep(self, module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        self._features = output
+    def _keep(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+        # Blocks of text and picture give both, the picture last.
+        self._features = output[-1] if isinstance(output, tuple) else output
 
     def _narrow(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Of all that a block behind the middle is given: sample, skips, time, text."""
@@ -100,7 +104,8 @@ class FakeScoreNetwork(nn.Module):
         features, self._features = self._features, None
         if self.head is None or features is None or judged == 0:
             return output, output.new_zeros(0)
-        return output[:kept], self.head(features[kept:])
+        judged_features = feature_map(features[kept:], x, self._patch)
+        return output[:kept], self.head(judged_features)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-_FEATURES, _NAMES = "gallery.safetensors", "gallery.json"
+_FEATURES, _NAMES = GALLERY_FILES = "gallery.safetensors", "gallery.json"
 
 
 @dataclass(frozen=True)

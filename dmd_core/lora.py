@@ -1,4 +1,4 @@
-"""Low-rank adapters on a UNet through peft: train few weights, export them apart or fused.
+"""Low-rank adapters on a network through peft: train few weights, export them apart or fused.
 
 peft is an optional dependency: extra "lora".
 """
@@ -46,18 +46,18 @@ def check_lora(modules: Iterable[str], settings: LoraSettings) -> None:
             )
 
 
-def add_lora(unet: nn.Module, settings: LoraSettings, seed: int) -> None:
-    """Freeze `unet` and add fresh adapters (B = 0: nothing changes yet), drawn from `seed`. On the
-    meta device they have no values yet; `adapter_start` has them."""
-    check_lora([name for name, _ in unet.named_modules()], settings)
+def add_lora(network: nn.Module, settings: LoraSettings, seed: int) -> None:
+    """Freeze `network` and add fresh adapters (B = 0: nothing changes yet), drawn from `seed`. On
+    the meta device they have no values yet; `adapter_start` has them."""
+    check_lora([name for name, _ in network.named_modules()], settings)
     from peft import LoraConfig
 
-    unet.requires_grad_(False)
+    network.requires_grad_(False)
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets)
     )
-    unet.add_adapter(config)  # type: ignore[operator]
-    for name, parameter in unet.named_parameters():
+    network.add_adapter(config)  # type: ignore[operator]
+    for name, parameter in network.named_parameters():
         if parameter.requires_grad:  # in float32 whatever the base is in
             parameter.data = parameter.data.float()
             if not parameter.is_meta:
@@ -74,21 +74,21 @@ def adapter_start(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return (2 * torch.rand(shape, generator=generator) - 1) * bound
 
 
-def fuse_lora(unet: nn.Module) -> None:
-    """Add the adapters to the weights they belong to, and remove them: a plain UNet again."""
-    unet.fuse_lora()  # type: ignore[operator]
-    unet.unload_lora()  # type: ignore[operator]
+def fuse_lora(network: nn.Module) -> None:
+    """Add the adapters to the weights they belong to, and remove them: the plain network again."""
+    network.fuse_lora()  # type: ignore[operator]
+    network.unload_lora()  # type: ignore[operator]
 
 
-def lora_state(unet: nn.Module) -> dict[str, torch.Tensor]:
+def lora_state(network: nn.Module) -> dict[str, torch.Tensor]:
     """The adapters alone, by the names that diffusers' `load_lora_weights` reads."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
 
-    return convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    return convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
 
 
-def lora_config(unet: nn.Module) -> dict[str, Any]:
+def lora_config(network: nn.Module) -> dict[str, Any]:
     """The adapters' rank, alpha and targets, as peft describes them."""
-    adapted: Any = unet
+    adapted: Any = network
     return adapted.peft_config["default"].to_dict()

@@ -44,7 +44,7 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     moments = []
     for features in (features_a, features_b):
         count, dimension = _matrix(features).shape
-        if dimension * _SAMPLES_PER_FEATURE > count:
+        if not enough_for_frechet(features):
             raise ValueError(
                 f"Fréchet distance of {count} samples with {dimension} features; expected at least "
                 f"{_SAMPLES_PER_FEATURE * dimension} samples. Use kid, which is unbiased at any N"
@@ -52,6 +52,11 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
         features = _matrix(features)
         moments += [features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))]
     return frechet_distance_of_gaussians(*moments)
+
+
+def enough_for_frechet(features: np.ndarray) -> bool:
+    """Are (N,d) features enough for `frechet_distance`: N ≥ 4 d?"""
+    return features.shape[1] * _SAMPLES_PER_FEATURE <= features.shape[0]
 
 
 def frechet_distance_of_gaussians(
@@ -105,9 +110,14 @@ def regression_distance(
         )
     difference = pictures_a.astype(np.float64) - pictures_b.astype(np.float64)
     per_pair = np.sqrt(np.square(difference).reshape(len(difference), -1).mean(axis=1))
-    _at_least(len(per_pair), 2, "a confidence interval over prompts")
+    return mean_estimate(per_pair, confidence=confidence)
+
+
+def mean_estimate(values: np.ndarray, *, confidence: float = 0.95) -> Estimate:
+    """The mean of one value per prompt, (N,), with its normal interval."""
+    _at_least(len(values), 2, "a confidence interval over prompts")
     return _normal_interval(
-        float(per_pair.mean()), float(per_pair.std(ddof=1)) / sqrt(len(per_pair)), confidence
+        float(values.mean()), float(values.std(ddof=1)) / sqrt(len(values)), confidence
     )
 
 

@@ -4,7 +4,6 @@ One `DmdNetworks` per worker; `trainer.py` trains them.
 """
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,8 @@ from dmd_core.checkpoint import (
     pack_optimizer,
     unpack_optimizer,
 )
-from dmd_core.denoiser import DiffusersNetwork, NetworkDenoiser
+from dmd_core.denoiser import NetworkDenoiser
+from dmd_core.diffusers_networks import DiffusersNetwork, Middle, middle_of
 from dmd_core.ema import Ema
 from dmd_core.fake_score import DiscriminatorHead, FakeScore, FakeScoreNetwork
 from dmd_core.lora import LoraSettings, adapter_start, add_lora
@@ -71,10 +71,9 @@ class DmdNetworks:
         self.generator = self._copy_of_teacher(settings.parallel.generator, settings.lora)
         student = DiffusersNetwork(self.generator)
         self.fake = self._copy_of_teacher(settings.parallel.fake)
-        self.head = self._make_head(min(shape[1:])) if settings.discriminator else None
-        fake = FakeScoreNetwork(
-            DiffusersNetwork(self.fake), self.fake.mid_block, self.head, after=self.fake.up_blocks
-        )
+        middle = middle_of(self.fake, min(shape[1:])) if settings.discriminator else None
+        self.head = self._make_head(middle) if middle else None
+        fake = self._fake_network(middle)
         self.trained = {
             "generator": self._placed(student, settings.parallel.generator),
             "fake": self._placed(fake, settings.parallel.fake, unused=self.head is not None),
@@ -178,8 +177,8 @@ class DmdNetworks:
 
     def _copy_of_teacher(self, strategy: str, lora: LoraSettings | None = None) -> Any:
         """A network to train, with the teacher's weights; one to be sharded has no memory yet."""
-        unet = self.teacher.pipeline.unet
-        network: Any = on_meta(unet) if strategy == "fsdp" else copy.deepcopy(unet)
+        model = self.teacher.model
+        network: Any = on_meta(model) if strategy == "fsdp" else copy.deepcopy(model)
         network.train().requires_grad_(True)
         if lora is not None:
             add_lora(network, lora, self._lora_seed)
@@ -197,15 +196,15 @@ class DmdNetworks:
 
     def _start_of(self, network: nn.Module) -> Tensors:
         """The weights a network from the meta device starts with, by their names in it."""
-        unet = self.teacher.pipeline.unet
-        ours = {**dict(unet.named_parameters()), **dict(unet.named_buffers())}
+        model = self.teacher.model
+        ours = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         head = {} if self.head is None else self.head.state_dict()
         start: Tensors = {}
         for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
             if name.startswith("head."):
                 start[name] = head[name.removeprefix("head.")]
                 continue
-            own = name.removeprefix("network.").removeprefix("unet.")
+            own = name.removeprefix("network.").removeprefix("model.")
             teachers = own.replace(".base_layer.", ".")
             start[name] = (
                 ours[teachers].detach()
@@ -215,23 +214,28 @@ class DmdNetworks:
         return start
 
     def _place_teacher(self) -> None:
-        placement, unet = self.settings.parallel.teacher, self.teacher.pipeline.unet
+        placement, model = self.settings.parallel.teacher, self.teacher.model
         if placement == "replicated":
-            unet.to(self.world.device)
+            model.to(self.world.device)
         else:
-            shard(unet, self.world, offload=placement == "offload")
+            shard(model, self.world, offload=placement == "offload")
 
     @property
     def _lora_seed(self) -> int:
         return stable_seed(self.settings.seed, "lora")
 
-    def _make_head(self, side: int) -> DiscriminatorHead:
-        """For samples whose shorter side is `side`: every level but the last halves it."""
-        channels = self.fake.config.block_out_channels
-        size = math.ceil(side / 2 ** (len(channels) - 1))
+    def _make_head(self, middle: Middle) -> DiscriminatorHead:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stable_seed(self.settings.seed, "head"))
-            return DiscriminatorHead(channels[-1], size)
+            return DiscriminatorHead(middle.channels, middle.size)
+
+    def _fake_network(self, middle: Middle | None) -> FakeScoreNetwork:
+        network = DiffusersNetwork(self.fake)
+        if middle is None:
+            return FakeScoreNetwork(network)
+        return FakeScoreNetwork(
+            network, middle.block, self.head, after=middle.after, patch=middle.patch
+        )
 
     def _adamw(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
         """With its state as of step 0, so that every checkpoint holds every optimizer."""

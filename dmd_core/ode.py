@@ -9,13 +9,15 @@ from inspect import signature
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 
 from dmd_core.condition import Condition
 from dmd_core.denoiser import RawNetwork
-from dmd_core.diffusers_schedules import family, flow_shift
+from dmd_core.diffusers_schedules import family, flow_mu, flow_shift
+from dmd_core.edm_heun import EDMHeunScheduler
 
-# name → (diffusers class, settings that make it a deterministic ODE solver down to x₀)
+# name → (class of diffusers or ours, settings that make it a deterministic ODE solver down to x₀)
 SOLVERS: dict[str, tuple[str, dict]] = {
     # Latents are not pictures: clipping x₀ to [−1, 1], this class's default, would be wrong.
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
@@ -28,6 +30,7 @@ SOLVERS: dict[str, tuple[str, dict]] = {
     "heun": ("HeunDiscreteScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {"final_sigmas_type": "zero"}),
     "flow_euler": ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": False}),
+    "edm_heun": ("EDMHeunScheduler", {"final_sigmas_type": "zero"}),
     "edm_euler": ("EDMEulerScheduler", {"final_sigmas_type": "zero"}),
     "edm_dpmsolver++": (
         "EDMDPMSolverMultistepScheduler",
@@ -56,8 +59,11 @@ def solvers_for(config: Mapping[str, Any]) -> list[str]:
     return [name for name, (class_name, _) in SOLVERS.items() if family(class_name, {}) == wanted]
 
 
-def make_scheduler(solver: str, config: Mapping[str, Any]):
-    """A fresh diffusers scheduler for `solver`, on the noise schedule of the teacher's `config`."""
+def make_scheduler(solver: str, config: Mapping[str, Any], image_tokens: int | None = None):
+    """A fresh diffusers scheduler for `solver`, on the noise schedule of the teacher's `config`.
+
+    `image_tokens`: latent patches of a picture, for schedules that depend on its size.
+    """
     if solver not in SOLVERS:
         raise ValueError(
             f"solver {solver!r} is not one of the deterministic solvers {', '.join(SOLVERS)}"
@@ -69,13 +75,33 @@ def make_scheduler(solver: str, config: Mapping[str, Any]):
             f"({config.get('_class_name', 'no _class_name')}); expected one of {', '.join(fitting)}"
         )
     class_name, settings = SOLVERS[solver]
-    cls = getattr(diffusers, class_name)
+    cls = _class(class_name)
     kind = family(class_name, {})
     if kind == "vp":
         settings = {**_noise_settings(solver, cls, config), **settings}
     elif kind == "flow":
-        settings = {"shift": flow_shift(config, image_tokens=None), **settings}
+        # A dynamic shift is told with the steps (`step_grid`); the size must be known for that.
+        shift = flow_shift(config, image_tokens)
+        dynamic = config.get("use_dynamic_shifting", False)
+        settings = ({} if dynamic else {"shift": shift}) | settings
     return cls.from_config(dict(config), **settings)
+
+
+def _class(name: str) -> Any:
+    return EDMHeunScheduler if name == EDMHeunScheduler.__name__ else getattr(diffusers, name)
+
+
+def step_grid(
+    config: Mapping[str, Any], steps: int, image_tokens: int | None, *, by_sigmas: bool = False
+) -> dict[str, Any]:
+    """What a pipeline tells a scheduler of `config` in `set_timesteps`: the number of steps, or,
+    `by_sigmas` (FLUX), σ itself; and μ where the shift depends on the picture's size."""
+    grid: dict[str, Any] = {"num_inference_steps": steps}
+    if by_sigmas and not config.get("use_flow_sigmas", False):
+        grid = {"sigmas": np.linspace(1.0, 1 / steps, steps)}
+    if config.get("use_dynamic_shifting", False):
+        grid["mu"] = flow_mu(config, image_tokens)
+    return grid
 
 
 def noise_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,18 +137,22 @@ def integrate(
     *,
     steps: int,
     guidance_scale: float,
+    grid: Mapping[str, Any] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """x₀ of the guided ODE started at ε: (B,C,H,W) → (B,C,H,W), in the dtype of `eps`.
 
-    `uncond` has one row. Matches `StableDiffusionPipeline.__call__` on the same latents
-    step for step; guidance is the standard scale, and 1.0 or less means none, as in diffusers.
+    `uncond` has one row. Matches the `__call__` of the teacher's pipeline on the same latents
+    step for step; guidance is the standard scale, and 1.0 or less means none, as in diffusers; a
+    guidance-distilled network is told the scale. `grid`: see `step_grid`; None: `steps` alone.
     """
-    scheduler.set_timesteps(steps, device=eps.device)
+    scheduler.set_timesteps(**(grid or {"num_inference_steps": steps}), device=eps.device)
     # Flow-matching schedulers start at ε itself and scale nothing, so they lack these two.
     x_t = eps * getattr(scheduler, "init_noise_sigma", 1.0)
     scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
-    guided = guidance_scale > 1.0
+    distilled = cond.guidance is not None
+    cond = cond.with_guidance(guidance_scale) if distilled else cond
+    guided = guidance_scale > 1.0 and not distilled
     both = Condition.cat(uncond.expand(len(eps)), cond) if guided else cond
     for index, t in enumerate(scheduler.timesteps):
         x_in = scale(torch.cat([x_t, x_t]) if guided else x_t, t)

@@ -118,7 +118,7 @@ def _blocks(network: nn.Module) -> Iterator[nn.Module]:
             yield from (entry for entry in child if any(True for _ in entry.parameters()))
         elif name == "mid_block":
             yield child
-        elif name in ("network", "unet"):  # a wrapper of ours
+        elif name in ("network", "model"):  # a wrapper of ours
             yield from _blocks(child)
 
 

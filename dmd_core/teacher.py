@@ -1,79 +1,96 @@
-"""The teacher: a Stable Diffusion pipeline folder, loaded once, seen as noise → latents.
+"""The teacher: a diffusers pipeline folder, loaded once, seen as noise → samples.
 
-Loading goes through diffusers, from safetensors only, and never contacts a hub.
+Loading goes through diffusers, from safetensors only, and never contacts a hub. Which pipelines
+are taken: `families.py`.
 """
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import StableDiffusionPipeline
+from torch import nn
 
 from dmd_core.condition import Condition
-from dmd_core.denoiser import DiffusersNetwork, NetworkDenoiser, RawNetwork
-from dmd_core.ode import integrate, make_scheduler
+from dmd_core.denoiser import NetworkDenoiser, RawNetwork
+from dmd_core.diffusers_networks import DiffusersNetwork
+from dmd_core.diffusers_schedules import family as schedule_family
+from dmd_core.families import (
+    CLASSES,
+    Family,
+    TeacherError,
+    check_parts,
+    family_of,
+    left_out,
+    part_config,
+)
+from dmd_core.latents import Geometry, decode_samples, encode_pictures
+from dmd_core.ode import integrate, make_scheduler, step_grid
+from dmd_core.prompt_encoding import PromptEncoder
 from dmd_core.schedule import Schedule
-from dmd_core.teacher_training import pictures_to_tensor
 
-_PARTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-
-
-class TeacherError(ValueError):
-    """A teacher folder that cannot be used."""
+__all__ = ["Teacher", "TeacherError", "check_teacher", "load_teacher", "teacher_revision"]
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """A loaded teacher on `device`, in float32. `revision` is the sha256 of its files."""
+    """A loaded teacher on `device`, in float32. `revision` is the sha256 of its files.
 
-    pipeline: StableDiffusionPipeline
+    `size`: height and width in pixels that training runs at; SDXL's condition and FLUX's noise
+    schedule depend on them.
+    """
+
+    pipeline: Any
+    family: Family
+    geometry: Geometry
     schedule: Schedule
-    device: torch.device
+    encoder: PromptEncoder
+    size: tuple[int, int]
     revision: str
 
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
-        """(C, h, w) of the latents of a height × width picture (default: the teacher's own)."""
-        factor = self.pipeline.vae_scale_factor
-        own = self.pipeline.unet.config.sample_size * factor
-        for name, value in (("height", height), ("width", width)):
-            if value is not None and value % factor:
-                raise TeacherError(f"{name} is {value}; expected a multiple of {factor}")
-        channels = self.pipeline.unet.config.in_channels
-        return channels, (height or own) // factor, (width or own) // factor
+    @property
+    def model(self) -> nn.Module:
+        """The network that denoises: a UNet or a transformer."""
+        return getattr(self.pipeline, self.family.model)
 
-    @torch.no_grad()
+    @property
+    def vae(self) -> Any:
+        """None: the teacher works on pixels."""
+        return None if self.family.on_pixels else self.pipeline.vae
+
+    @property
+    def device(self) -> torch.device:
+        return self.encoder.device
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """(C,h,w) of the samples of a height × width picture (default: the teacher's own)."""
+        try:
+            return self.geometry.shape(height, width)
+        except ValueError as error:
+            raise TeacherError(str(error)) from error
+
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """The condition of each prompt, B rows. Each distinct prompt is encoded once.
 
-        Raises `IndexError` for a prompt with a token that the text encoder does not know.
+        Raises `IndexError` for a prompt with a token that a text encoder does not know, or that is
+        no class.
         """
-        distinct = sorted(set(prompts))
-        tokens = self.pipeline.tokenizer(
-            distinct,
-            padding="max_length",
-            max_length=self.pipeline.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        encoder = self.pipeline.text_encoder
-        _check_tokens(distinct, tokens.input_ids, encoder.get_input_embeddings().num_embeddings)
-        # As StableDiffusionPipeline does: a mask only where the encoder's configuration asks.
-        mask = None
-        if getattr(encoder.config, "use_attention_mask", False):
-            mask = tokens.attention_mask.to(self.device)
-        embeddings = encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
-        row = {prompt: index for index, prompt in enumerate(distinct)}
-        return Condition(text=embeddings[[row[prompt] for prompt in prompts]])
+        return self.encoder.prompts(prompts, self.size)
+
+    def encode_negatives(self, prompts: Sequence[str]) -> Condition:
+        """What guidance moves away from, B rows: "" is the family's own default."""
+        return self.encoder.negatives(prompts, self.size)
 
     def network(self, compute_dtype: torch.dtype = torch.float32) -> RawNetwork:
-        """The UNet as (x_t, t, cond) → raw output (ε or v), float32."""
-        raw = DiffusersNetwork(self.pipeline.unet)
+        """The network as (x_t, t, cond) → raw output, float32."""
+        raw = DiffusersNetwork(self.model)
         if compute_dtype == torch.float32:
             return raw
 
@@ -84,7 +101,7 @@ class Teacher:
         return mixed
 
     def denoiser(self, compute_dtype: torch.dtype = torch.float32) -> NetworkDenoiser:
-        return NetworkDenoiser(DiffusersNetwork(self.pipeline.unet), self.schedule, compute_dtype)
+        return NetworkDenoiser(DiffusersNetwork(self.model), self.schedule, compute_dtype)
 
     def solve(
         self,
@@ -97,122 +114,146 @@ class Teacher:
         negative_prompt: str | Sequence[str] = "",
         compute_dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
-        """The guided ODE from ε (B,C,h,w) to latents x₀ (B,C,h,w), float32, on `device`.
+        """The guided ODE from ε (B,C,h,w) to x₀ (B,C,h,w), float32, on `device`.
 
         `negative_prompt`: one for all rows, or one for each.
         """
-        negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
-        if len(set(negatives)) == 1:
-            negatives = negatives[:1]
-        elif len(negatives) != len(eps):
-            raise ValueError(f"{len(negatives)} negative prompts for {len(eps)} rows")
+        size, tokens = self.geometry.pixels(eps.shape), self.geometry.image_tokens(eps.shape)
+        cond = self.encoder.prompts(prompts, size)
+        uncond = cond.rows(slice(1))  # not looked at without guidance
+        if guidance_scale > 1.0 and cond.guidance is None:
+            uncond = self.encoder.negatives(_negatives(negative_prompt, len(eps)), size)
+        scheduler = make_scheduler(solver, self.pipeline.scheduler.config, tokens)
         return integrate(
             self.network(compute_dtype),
-            make_scheduler(solver, self.pipeline.scheduler.config),
+            scheduler,
             eps.float().to(self.device),
-            self.encode_prompts(prompts),
-            self.encode_prompts(negatives),
+            cond,
+            uncond,
             steps=steps,
             guidance_scale=guidance_scale,
+            grid=step_grid(scheduler.config, steps, tokens, by_sigmas=self.family.by_sigmas),
         )
 
-    @torch.no_grad()
     def encode(self, pictures: np.ndarray) -> torch.Tensor:
-        """Pictures (B,H,W,3) uint8 → latents (B,C,h,w) float32: the posterior's mean, scaled."""
-        vae = self.pipeline.vae
-        pixels = pictures_to_tensor(pictures).to(self.device)
-        return vae.encode(pixels).latent_dist.mean.float() * vae.config.scaling_factor
+        """Pictures (B,H,W,3) uint8 → samples (B,C,h,w) float32: the posterior's mean, scaled, or
+        the pixels in [−1, 1]."""
+        return encode_pictures(self.vae, pictures, self.device)
 
-    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:
-        """Latents (B,C,h,w) → pictures (B,H,W,3) uint8."""
-        vae = self.pipeline.vae
-        latents = latents.float().to(self.device) / vae.config.scaling_factor
-        pictures = vae.decode(latents, return_dict=False)[0]
-        pictures = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().byte()
-        return pictures.permute(0, 2, 3, 1).cpu().numpy()
+        """Samples (B,C,h,w) → pictures (B,H,W,3) uint8."""
+        return decode_samples(self.vae, latents, self.device)
 
 
-def _check_tokens(prompts: Sequence[str], ids: torch.Tensor, known: int) -> None:
-    """Before the ids (B,L) reach a device, where such a lookup would end the whole process."""
-    for prompt, highest in zip(prompts, ids.amax(1).tolist(), strict=True):
-        if highest >= known:
-            raise IndexError(
-                f"prompt {prompt[:80]!r} has token {highest}, but the text encoder knows {known} "
-                "tokens (0 is the first): tokenizer and text encoder do not fit together"
-            )
+def _negatives(given: str | Sequence[str], rows: int) -> list[str]:
+    """One for all rows, or one for each."""
+    negatives = [given] if isinstance(given, str) else list(given)
+    if len(set(negatives)) == 1:
+        return negatives[:1]
+    if len(negatives) != rows:
+        raise ValueError(f"{len(negatives)} negative prompts for {rows} rows")
+    return negatives
 
 
 def load_teacher(
-    path: str, *, device: str | torch.device = "cpu", network_device: str | torch.device = ""
+    path: str,
+    *,
+    device: str | torch.device = "cpu",
+    network_device: str | torch.device = "",
+    size: tuple[int | None, int | None] = (None, None),
 ) -> Teacher:
     """Load a local pipeline folder; raises `TeacherError` that names what is missing.
 
-    `network_device`: where the UNet lies, if not on `device` (one that is to be sharded).
+    `network_device`: where the denoising network lies, if not on `device` (one that is to be
+    sharded). `size`: height and width in pixels of the pictures it is used for; None: its own.
     """
     check_teacher(path)
+    family = family_of(path)
+    pipeline = _load_pipeline(path, family)
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            part.to(network_device or device if name == family.model else device)
+            part.eval().requires_grad_(False)
+    if torch.device(device).type == "cuda" and family.model == "unet":  # on a CPU it gains nothing
+        pipeline.unet.to(memory_format=torch.channels_last)
+    vae = None if family.on_pixels else pipeline.vae.config
+    geometry = family.geometry(part_config(path, family.model), vae)
+    shape = geometry.shape(*size)
+    schedule = Schedule.from_scheduler(
+        pipeline.scheduler, image_tokens=geometry.image_tokens(shape)
+    )
+    return Teacher(
+        pipeline,
+        family,
+        geometry,
+        schedule,
+        PromptEncoder(family, pipeline, torch.device(device), class_names(path)),
+        geometry.pixels(shape),
+        teacher_revision(path),
+    )
+
+
+def _load_pipeline(path: str, family: Family) -> Any:
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
+    # It would say of every long prompt that its end is not read.
+    logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)
+    absent: dict[str, Any] = dict(left_out(path, family))
+    if family.pipeline == "StableDiffusionPipeline":
+        absent |= {"safety_checker": None, "requires_safety_checker": False}
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            path,
-            safety_checker=None,
-            requires_safety_checker=False,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
+        pipeline = family.pipeline_class.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, local_files_only=True, **absent
         )
     except OSError as error:
         raise TeacherError(f"teacher {path} cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    for part in (pipeline.vae, pipeline.text_encoder):
-        part.to(device)
-    pipeline.unet.to(network_device or device)
-    for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
-        part.eval().requires_grad_(False)
-    if torch.device(device).type == "cuda":  # on a CPU it gains nothing
-        pipeline.unet.to(memory_format=torch.channels_last)
-    schedule = Schedule.from_scheduler(pipeline.scheduler)
-    return Teacher(pipeline, schedule, torch.device(device), teacher_revision(path))
+    return pipeline
+
+
+def class_names(path: str) -> tuple[str, ...]:
+    """Of a class-conditional teacher, by label; empty where its folder names none."""
+    file = Path(path) / CLASSES
+    if not file.is_file():
+        return ()
+    try:
+        names = json.loads(file.read_text())
+    except ValueError as error:
+        raise TeacherError(f"{file} is not JSON: {error}") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TeacherError(f"{file} is not a list of names; expected one for every class, in order")
+    return tuple(names)
 
 
 def check_teacher(path: str) -> None:
-    """Fail at the door: is this a Stable Diffusion pipeline folder with every part in it?"""
-    folder = Path(path)
-    index = folder / "model_index.json"
-    if not index.is_file():
+    """Fail at the door: is this a pipeline folder of a family we know, with every part in it?"""
+    family = family_of(path)
+    check_parts(path, family)
+    class_names(path)
+    scheduler = part_config(path, "scheduler")
+    kind = schedule_family(scheduler.get("_class_name", ""), scheduler)
+    if family.on_pixels and kind not in family.schedules:
         raise TeacherError(
-            f"teacher {path} has no model_index.json; expected a diffusers pipeline folder "
-            "(as written by save_pretrained)"
+            f"teacher {path} is a {family.pipeline} with a {scheduler.get('_class_name')}, which "
+            "that pipeline cannot run; expected a ConsistencyModelPipeline, or a DDPM or DDIM "
+            "scheduler"
         )
-    try:
-        class_name = json.loads(index.read_text()).get("_class_name")
-    except ValueError as error:
-        raise TeacherError(f"{index} is not JSON: {error}") from error
-    if class_name != "StableDiffusionPipeline":
-        raise TeacherError(
-            f"teacher {path} is a {class_name}; this version distils StableDiffusionPipeline"
-        )
-    for part in _PARTS:
-        if not (folder / part).is_dir():
-            raise TeacherError(
-                f"teacher {path} has no folder {part}/; expected {', '.join(_PARTS)}"
-            )
-    for part in ("vae", "text_encoder", "unet"):
-        if not any((folder / part).glob("*.safetensors")):
-            raise TeacherError(
-                f"teacher {path} has no {part}/*.safetensors (only safetensors are loaded)"
-            )
+
+
+# Never read here, whatever else they lie beside: weights in other formats, code.
+_NOT_READ = {".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".py"}
 
 
 def teacher_revision(path: str) -> str:
     """sha256 over names and contents of the files that make the teacher what it is."""
     folder = Path(path)
     digest = hashlib.sha256()
-    for part in ("model_index.json", *_PARTS):
+    for part in ("model_index.json", *family_of(path).parts):
         root = folder / part
         files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
         for file in files:
+            if file.suffix in _NOT_READ:
+                continue
             with open(file, "rb") as stream:
                 content = hashlib.file_digest(stream, "sha256").hexdigest()
             digest.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from cluster.secrets import SecretError, refuse_secrets
 from jobs.errors import Exit, JobError
 from pipelines.config import (
     EvaluateSection,
@@ -24,12 +25,14 @@ from pipelines.config import (
     TeacherSection,
     TeacherTrainSection,
 )
+from pipelines.costs import CostSection
 from pipelines.train_config import TrainSection
 
 _SHIPPED = {
     "shipped:emoji": "emoji-teacher",
     "shipped:demo": "demo_prompts.txt",
     "shipped:held_out": "held_out_prompts.txt",
+    "shipped:cifar10": "cifar10_classes.txt",
 }
 _MAX_CONFIG_BYTES = 1_000_000
 
@@ -40,6 +43,7 @@ class Recipe(Section):
     run: RunSection = Field(default_factory=RunSection)
     storage: StorageSection = Field(default_factory=StorageSection)
     ray: RaySection = Field(default_factory=RaySection)
+    cost: CostSection = Field(default_factory=CostSection)
     teacher: TeacherSection = Field(default_factory=TeacherSection)
     pairs: PairsSection = Field(default_factory=PairsSection)
     train: TrainSection = Field(default_factory=TrainSection)
@@ -51,11 +55,23 @@ class Recipe(Section):
         return self.pairs.root or f"{self.run.dir.rstrip('/')}/pairs"
 
 
+def read_settings(name: str, overrides: list[str]) -> dict[str, Any]:
+    """What a YAML path or shipped recipe and the overrides say, without defaults. A recipe is kept
+    in the run's folder and sent to clusters: what looks like a credential is refused."""
+    try:
+        refuse_secrets(overrides, "--set")
+        settings = _read_yaml(_recipe_path(name))
+        for override in overrides:
+            _apply_override(settings, override)
+        refuse_secrets(settings)
+    except SecretError as error:
+        raise JobError(f"recipe {name}: {error}", Exit.USAGE) from error
+    return settings
+
+
 def load_recipe(name: str, overrides: list[str]) -> Recipe:
     """Read a YAML path or the name of a shipped recipe, apply overrides, validate."""
-    settings = _read_yaml(_recipe_path(name))
-    for override in overrides:
-        _apply_override(settings, override)
+    settings = read_settings(name, overrides)
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
@@ -116,26 +132,34 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         settings = _StrictLoader(path.read_text()).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise JobError(f"{path} is not valid YAML: {error}", Exit.USAGE) from error
+        raise JobError(f"{path} is not valid YAML: {yaml_problem(error)}", Exit.USAGE) from error
     if not isinstance(settings, dict):
         raise JobError(f"{path} holds no settings; expected sections such as `pairs:`", Exit.USAGE)
     return settings
+
+
+def yaml_problem(error: Exception) -> str:
+    """What is wrong and where, without the text around it, which need not be shown."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return str(error)
 
 
 def _apply_override(settings: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     parts = key.strip().split(".")
     if not separator or len(parts) < 2 or not all(parts):
-        raise JobError(f"--set {override!r}: expected section.key=value", Exit.USAGE)
+        raise JobError(f"--set {key!r}: expected section.key=value", Exit.USAGE)
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise JobError(f"--set {override!r}: {error}", Exit.USAGE) from error
+        raise JobError(f"--set {key!r}: its value is not valid YAML", Exit.USAGE) from error
     node = settings
     for part in parts[:-1]:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise JobError(f"--set {override!r}: {part!r} is not a section", Exit.USAGE)
+            raise JobError(f"--set {key!r}: {part!r} is not a section", Exit.USAGE)
     node[parts[-1]] = parsed
 
 

@@ -1,19 +1,43 @@
 """`dmd evaluate`: student against teacher on held-out prompts, same noise (station 9)."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dmd_core.families import guidance_distilled
+from dmd_core.teacher import teacher_revision
 from jobs.config import resolve_shipped
 from jobs.errors import JobError
 from jobs.export import EXPORTED
 from jobs.pins import pinned_manifest
+from jobs.placement import DATA_CPUS, check_room, evaluate_demand
 from jobs.session import Session
+from jobs.teacher_here import TeacherHere
 from pipelines.batches import PairReader
+from pipelines.costs import (
+    Rate,
+    Work,
+    estimate,
+    evaluations_per_picture,
+    measured_pairs,
+    pair_rate,
+)
 from pipelines.evaluation import METRICS, evaluate
+from pipelines.pairs import fingerprint_of
 from pipelines.prompts import read_prompts
-from pipelines.systems import Networks
+from pipelines.systems import (
+    START,
+    STUDENT,
+    TEACHER_AGAIN,
+    Networks,
+    SamplingPlan,
+    network_evaluations,
+)
 
+# Where pictures are made, which does not change them.
+_WHERE = {"actors", "cpus_per_actor", "gpus_per_actor", "placement"}
 _MEAN_ROWS = 2048  # rows of the pair set that the mean picture is taken over
 
 
@@ -24,7 +48,7 @@ def run(session: Session) -> dict[str, Any]:
     if exported is None:
         raise JobError(f"{session.store.url} has no student; run `dmd export` first")
     inputs = {
-        "evaluate": recipe.evaluate.model_dump(mode="json"),
+        "evaluate": recipe.evaluate.model_dump(mode="json", exclude=_WHERE),
         "step": exported["step"],
         "pairs_digest": exported["pairs_digest"],
         "teacher_revision": exported["teacher_revision"],
@@ -39,8 +63,11 @@ def run(session: Session) -> dict[str, Any]:
         student=exported["student"],
         storage=recipe.storage,
         mean=_mean_latents(session),
+        device="cuda" if recipe.evaluate.gpus_per_actor else "cpu",
         threads=recipe.pairs.threads_per_actor,
     )
+    session.start_ray()
+    check_room(session, evaluate_demand(recipe), spare_cpus=DATA_CPUS)
     with session.watch("evaluate", 1, "pictures") as board:
         metrics = evaluate(
             recipe.evaluate,
@@ -58,13 +85,45 @@ def run(session: Session) -> dict[str, Any]:
 
 def plan(session: Session) -> dict[str, Any]:
     """What `run` would do; touches nothing."""
-    section = session.recipe.evaluate
-    prompts = read_prompts(resolve_shipped(section.prompts), session.recipe.storage).prompts
+    recipe, section = session.recipe, session.recipe.evaluate
+    prompts = read_prompts(resolve_shipped(section.prompts), recipe.storage).prompts
+    count = min(len(prompts), section.max_prompts or len(prompts)) * section.samples_per_prompt
+    evaluations = count * _evaluations_per_prompt(session)
+    work = Work(evaluations, section.actors, section.cpus_per_actor, section.gpus_per_actor)
     return {
-        "prompts": min(len(prompts), section.max_prompts or len(prompts)),
-        "systems": 4 + session.recipe.train.needs_pairs + len(section.few_steps),
+        "prompts": count,
+        "systems": 4 - bool(section.real) + recipe.train.needs_pairs + len(section.few_steps),
+        "network_evaluations": evaluations,
         "writes_to": f"{session.store.url}/{METRICS}",
+        **estimate(work, _evaluation_rate(session), recipe.cost),
     }
+
+
+def _evaluations_per_prompt(session: Session) -> int:
+    """Network evaluations for one prompt by all systems together."""
+    recipe, folder = session.recipe, Path(session.teacher_dir)
+    plan = SamplingPlan.from_sections(recipe.evaluate, recipe.pairs, recipe.train.student_timesteps)
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    systems = [*plan.teacher_steps(), START, STUDENT]
+    if recipe.evaluate.real:
+        systems.remove(TEACHER_AGAIN)
+    distilled = guidance_distilled(str(folder))
+    return sum(
+        network_evaluations(plan, scheduler, system, distilled=distilled) for system in systems
+    )
+
+
+def _evaluation_rate(session: Session) -> Rate:
+    """Seconds of one network evaluation of one picture, from those of a pair; decoding and
+    measuring come on top."""
+    recipe = session.recipe
+    pairs = recipe.pairs.model_copy(update={"gpus_per_actor": recipe.evaluate.gpus_per_actor})
+    fingerprint = fingerprint_of(pairs, teacher_revision(session.teacher_dir)).as_dict()
+    measured = measured_pairs(session.pairs_root, pairs, fingerprint)
+    rate = pair_rate(pairs, recipe.cost, measured, TeacherHere(session, pairs).rate)
+    if rate.seconds is None:
+        return rate
+    return Rate(rate.seconds / evaluations_per_picture(pairs), rate.source)
 
 
 def _mean_latents(session: Session) -> np.ndarray | None:

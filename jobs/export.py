@@ -7,10 +7,11 @@ from typing import Any
 
 from dmd_core.checkpoint import committed_steps
 from dmd_core.files import is_local
-from dmd_core.teacher import Teacher, load_teacher
+from dmd_core.teacher import Teacher, load_teacher, teacher_revision
 from jobs.errors import Exit, JobError
 from jobs.session import Session
 from pipelines.beside_results import BEST
+from pipelines.commits import delete_if_there
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.student_export import called_at, export_checkpoint, load_student, weights_kind
 
@@ -36,10 +37,11 @@ def run(session: Session) -> dict[str, Any]:
         raise JobError(f"{store.url} has no checkpoint; run `dmd train` with this recipe first")
     step, why = _chosen(session, steps)
     done = session.read_json(EXPORTED)
-    if done is not None and done["step"] == step:
+    if done is not None and done["step"] == step and "student_revision" in done:
         session.display.done(f"export: nothing to do, step {step} is in {done['student']}")
         return done
-    checkpoint, teacher = load_student(store, CHECKPOINTS, step), load_teacher(session.teacher_dir)
+    checkpoint, pairs = load_student(store, CHECKPOINTS, step), session.recipe.pairs
+    teacher = load_teacher(session.teacher_dir, size=(pairs.height, pairs.width))
     card = {
         "step": step,
         "checkpoint": why,
@@ -49,7 +51,7 @@ def run(session: Session) -> dict[str, Any]:
         "train": session.recipe.train.model_dump(),
         "pairs": session.recipe.pairs.model_dump(),
     }
-    _write(session, teacher, checkpoint, card)
+    revision = _write(session, teacher, checkpoint, card)
     result = {
         "step": step,
         "checkpoint": why,
@@ -58,6 +60,7 @@ def run(session: Session) -> dict[str, Any]:
         "student": store.path(STUDENT) if is_local(store.fs) else f"{store.url}/{STUDENT}",
         "pairs_digest": checkpoint.state["pairs_digest"],
         "teacher_revision": teacher.revision,
+        "student_revision": revision,
     }
     session.write_json(EXPORTED, result)
     session.display.done(f"export: step {step} ({why}) → {result['student']}")
@@ -97,16 +100,22 @@ def _chosen(session: Session, steps: list[int]) -> tuple[int, str]:
     return step, why
 
 
-def _write(session: Session, teacher: Teacher, checkpoint, card: dict[str, Any]) -> None:
+def _write(session: Session, teacher: Teacher, checkpoint, card: dict[str, Any]) -> str:
+    """Returns the digest of what was written. Until it is there in full nothing says it is: what
+    says so of an older student goes first."""
     store, section = session.store, session.recipe.train
+    delete_if_there(store, store.path(EXPORTED))
     if is_local(store.fs):
         store.fs.makedirs(store.root, exist_ok=True)
         export_checkpoint(teacher, checkpoint, store.path(STUDENT), section, card)
-        return
+        return teacher_revision(store.path(STUDENT))
     with tempfile.TemporaryDirectory(prefix="dmd-export-") as folder:
         local = Path(folder) / STUDENT
         export_checkpoint(teacher, checkpoint, str(local), section, card)
+        if store.fs.exists(store.path(STUDENT)):
+            store.fs.rm(store.path(STUDENT), recursive=True)
         store.fs.put(f"{local}/", f"{store.path(STUDENT)}/", recursive=True)
+        return teacher_revision(str(local))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,21 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from dmd_core.teacher import teacher_revision
-from jobs.config import resolve_shipped
 from jobs.errors import Exit, JobError
+from jobs.placement import DATA_CPUS, check_room, pairs_demand
+from jobs.plans import with_space
 from jobs.session import Session
+from jobs.teacher_here import TeacherHere, pair_source
 from pipelines.config import PairsSection
+from pipelines.costs import (
+    Work,
+    estimate,
+    evaluations_per_picture,
+    measured_pairs,
+    pair_rate,
+)
 from pipelines.factory import Changes, Outcome, PairOrder, fill_order, order_changes
 from pipelines.pairs import fingerprint_of
-from pipelines.prompts import PromptSource
 from pipelines.storage import check_writable
 
 
@@ -24,11 +32,16 @@ def run(session: Session) -> dict[str, Any]:
 
 def plan(session: Session) -> dict[str, Any]:
     """What `run` would do; measures one teacher evaluation, writes nothing."""
-    section = session.recipe.pairs
-    changes = order_changes(pair_order(session))
-    seconds, pair_bytes = _measure(session, section)
+    section, cost = session.recipe.pairs, session.recipe.cost
+    order, here = pair_order(session), TeacherHere(session)
+    changes = order_changes(order)
     to_make = changes.to_make
-    return {
+    measured = measured_pairs(order.root, section, order.fingerprint.as_dict())
+    per_pair = measured.bytes if measured is not None else None
+    needed = round(to_make * (here.pair_bytes() if per_pair is None else per_pair))
+    rate = pair_rate(section, cost, measured, here.rate)
+    work = Work(to_make, section.most_actors, section.cpus_per_actor, section.gpus_per_actor)
+    plan = {
         "prompts": section.prompts,
         "rows": changes.rows,
         "changes": changes_in_words(changes),
@@ -36,10 +49,10 @@ def plan(session: Session) -> dict[str, Any]:
         "batches": -(-to_make // section.batch_size),
         "blocks": -(-to_make // section.rows_per_block),
         "network_evaluations": to_make * evaluations_per_picture(section),
-        "bytes": to_make * pair_bytes,
-        "estimated_seconds": round(to_make * seconds / section.most_actors),
+        "bytes": needed,
         "writes_to": session.pairs_root.url,
     }
+    return with_space(plan | estimate(work, rate, cost), needed, session.pairs_root)
 
 
 def fill(session: Session, purpose: str, *, keep: int | None = None) -> Outcome:
@@ -48,6 +61,8 @@ def fill(session: Session, purpose: str, *, keep: int | None = None) -> Outcome:
     check_writable(session.pairs_root)
 
     def watch(rows: int) -> AbstractContextManager[Any]:
+        session.start_ray()
+        check_room(session, pairs_demand(session.recipe), spare_cpus=DATA_CPUS)
         return session.watch(purpose, rows, "pairs", _Cost(session.recipe.pairs))
 
     def say_changes(changes: Changes) -> None:
@@ -75,10 +90,9 @@ def fill(session: Session, purpose: str, *, keep: int | None = None) -> Outcome:
 def pair_order(session: Session) -> PairOrder:
     """What the recipe asks for; the teacher is checked and its files are hashed."""
     section = session.recipe.pairs
-    files = (section.prompts,) if isinstance(section.prompts, str) else section.prompts
     return PairOrder(
         section=section,
-        source=PromptSource(tuple(map(resolve_shipped, files)), section.prompt_column),
+        source=pair_source(section),
         teacher_url=session.teacher_url,
         fingerprint=fingerprint_of(section, teacher_revision(session.teacher_dir)),
         storage=session.recipe.storage,
@@ -101,11 +115,6 @@ def changes_in_words(changes: Changes) -> str:
         parts.append("no version yet")
     parts.append(f"{changes.to_make} of {changes.rows} rows to make")
     return "; ".join(parts)
-
-
-def evaluations_per_picture(section: PairsSection) -> int:
-    """UNet evaluations of one sample: guidance doubles them."""
-    return section.steps * (2 if section.guidance_scale > 1 else 1)
 
 
 def check_rejects(
@@ -161,29 +170,6 @@ def cost_in_words(busy_s: float, gpus_per_actor: float) -> str:
     if gpus_per_actor:
         return f"{busy_s * gpus_per_actor:.0f} GPU-s"
     return f"{busy_s:.0f} teacher-s, no GPU"
-
-
-def _measure(session: Session, section: PairsSection) -> tuple[float, int]:
-    """(seconds per pair on this machine, bytes of one pair's tensors)."""
-    import time
-
-    import torch
-
-    from dmd_core.noise import sample_noise
-    from dmd_core.teacher import load_teacher
-
-    teacher = load_teacher(session.teacher_dir)
-    shape = teacher.latent_shape(section.height, section.width)
-    eps = sample_noise(range(section.batch_size), shape)
-    cond = teacher.encode_prompts([""] * section.batch_size)
-    t = torch.full((section.batch_size,), teacher.schedule.num_timesteps - 1)
-    with torch.no_grad():
-        teacher.network()(eps, t, cond)
-        started = time.perf_counter()
-        teacher.network()(eps, t, cond)
-    per_evaluation = (time.perf_counter() - started) / section.batch_size
-    width = 2 if section.dtype == "float16" else 4
-    return per_evaluation * evaluations_per_picture(section), 2 * width * eps[0].numel()
 
 
 def _describe(outcome: Outcome, session: Session) -> str:

@@ -34,7 +34,7 @@ def run(session: Session) -> dict[str, Any]:
         return done
     inputs = collect_inputs(
         store,
-        title=store.root.rsplit("/", 1)[-1],
+        title=getattr(session.arguments, "title", store.root.rsplit("/", 1)[-1]),
         images=session.recipe.evaluate.report_images,
         json_files=("versions.json", EXPORTED, PINNED),
     )

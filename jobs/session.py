@@ -17,19 +17,22 @@ from jobs.config import Recipe, dump_recipe, load_recipe, resolve_shipped
 from jobs.display import Display, loss_fields
 from jobs.errors import Exit, JobError
 from jobs.quiet import redirected_output
-from pipelines.storage import Store, check_writable, local_copy, open_store
+from pipelines.storage import Store, check_writable, open_store
 
 _LIBRARIES = ("ray", "torch", "diffusers", "transformers", "pyarrow", "s3fs", "numpy")
 # Settings that may change when a run goes on; any other change is another run.
 _MAY_CHANGE = {
     "run.dir",
+    "storage",  # the same objects by another address
     "ray",
+    "cost",
     "evaluate",
     "train_teacher",
     "train.max_train_steps",
     "train.num_workers",
     "train.use_gpu",
     "train.cpus_per_worker",
+    "train.placement",
     "train.threads_per_worker",
     "train.max_failures",
     "train.checkpointing_steps",
@@ -58,6 +61,7 @@ _MAY_CHANGE = {
     "pairs.cpus_per_actor",
     "pairs.gpus_per_actor",
     "pairs.threads_per_actor",
+    "pairs.placement",
 }
 
 
@@ -136,23 +140,20 @@ class Session:
 
     @cached_property
     def teacher_url(self) -> str:
-        return open_store(resolve_shipped(self.recipe.teacher.path), self.recipe.storage).url
+        """What every machine of the run resolves to its own local folder of the teacher."""
+        from pipelines.teacher_source import teacher_source
+
+        section = self.recipe.teacher
+        section = section.model_copy(update={"path": resolve_shipped(section.path)})
+        return teacher_source(section, self.recipe.storage).url
 
     @cached_property
     def teacher_dir(self) -> str:
-        """The teacher as a local folder, checked; a copy of a remote one lasts as the session."""
-        from dmd_core.teacher import TeacherError, check_teacher
+        """The teacher as a local folder, checked."""
+        from dmd_core.teacher import check_teacher
+        from pipelines.teacher_source import local_teacher
 
-        store = open_store(self.teacher_url, self.recipe.storage)
-        if not store.fs.exists(store.root):
-            raise TeacherError(
-                f"teacher {self.recipe.teacher.path} does not exist; expected a diffusers "
-                "pipeline folder, an s3:// URL of one, or shipped:emoji"
-            )
-        target = None
-        if not is_local(store.fs):
-            target = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="dmd-teacher-"))
-        folder = local_copy(store, target)
+        folder = local_teacher(self.teacher_url, self.recipe.storage)
         check_teacher(folder)
         return folder
 

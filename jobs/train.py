@@ -8,14 +8,19 @@ from dmd_core.checkpoint import committed_steps, damage, discard_checkpoint, rea
 from jobs.display import loss_fields
 from jobs.errors import Exit, JobError
 from jobs.pins import PINNED, pin_in_dataset, run_pins, save_pins
+from jobs.placement import check_room, train_demand
+from jobs.plans import with_space
 from jobs.session import Session
+from pipelines.costs import Work, estimate, step_rate
 from pipelines.following import PinHolder
 from pipelines.health_record import read_events
 from pipelines.manifest import ManifestError, latest_manifest
+from pipelines.memory_plan import NetworkSizes, checkpoint_bytes
 from pipelines.parallel_settings import WorkerRange
 from pipelines.pins import Pins
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.train_config import StageKeys, StageSection, stage_steps
+from pipelines.weights import denoiser_of, pipeline_weights
 
 PREVIOUS = "previous"
 
@@ -98,6 +103,7 @@ def _train(session: Session, pins: Pins, pin: PinHolder | None) -> None:
     teacher_url = session.teacher_url if session.teacher_dir else ""
     with session.watch("train", recipe.train.total_steps, "steps", _shown) as board:
         task = training_evaluation(session)
+        check_room(session, train_demand(recipe))
         run_worker_group(
             train_loop,
             {
@@ -118,6 +124,7 @@ def _train(session: Session, pins: Pins, pin: PinHolder | None) -> None:
             cpus_per_worker=recipe.train.cpus_per_worker,
             use_gpu=recipe.train.use_gpu,
             max_failures=recipe.train.max_failures,
+            placement=recipe.train.placement,
             validation=validation_config(task),
         )
         failure = ray.get(board.failure.remote())
@@ -149,12 +156,25 @@ def _agree(session: Session, steps: list[int]) -> tuple[Pins, PinHolder | None, 
     pins = run_pins(session, started=bool(steps))
     precision = check_training(session, pins)
     versions = set(pins.versions)
+    if not steps:
+        _check_begins_from(session, pins)
     if steps:
         followed = _newest_state(session, steps)["pairs_segments"]
         versions |= {segment["version"] for segment in followed}
     pin = pin_in_dataset(session, versions) if versions else None
     save_pins(session, pins)
     return pins, pin, precision
+
+
+def _check_begins_from(session: Session, pins: Pins) -> None:
+    """A training of a chain is to read the versions that it was chosen for."""
+    chosen = getattr(session.arguments, "pairs_versions", None)
+    if chosen is not None and chosen != pins.versions:
+        raise JobError(
+            f"{session.pairs_root.url}: another version was sealed just now; run the same command "
+            "again to train on that one",
+            Exit.TRANSIENT,
+        )
 
 
 def _result(state: dict[str, Any], *, trained: bool) -> dict[str, Any]:
@@ -190,15 +210,36 @@ def plan(session: Session) -> dict[str, Any]:
     pairs = f"version {version}" if version else "none sealed yet"
     if section.follow_pairs != "no":
         pairs += f", then the newest one at each {section.follow_pairs}"
-    return {
+    to_do = 0 if finished else max(0, section.total_steps - from_step)
+    needed = _checkpoint_space(session) if to_do else 0
+    plan = {
         "pairs": pairs if section.needs_pairs else "none needed",
         **stages,
         "from_step": from_step,
-        "steps_to_do": 0 if finished else max(0, section.total_steps - from_step),
+        "steps_to_do": to_do,
         "samples": sum(stage_samples(stage, keys) for stage, keys in section.plan()),
         "workers": _workers_in_words(session.recipe.train.num_workers),
+        "bytes": needed,
         "writes_to": session.store.url,
     }
+    return with_space(plan | _estimate(session, to_do), needed, session.store)
+
+
+def _estimate(session: Session, steps: int) -> dict[str, Any]:
+    """Time and cost. A step is one of the whole group: all its workers are busy at once."""
+    section, cost = session.recipe.train, session.recipe.cost
+    workers = section.most_workers
+    cpus, gpus = workers * section.cpus_per_worker, float(workers * section.use_gpu)
+    return estimate(Work(steps, 1, cpus, gpus), step_rate(session.store, section, cost), cost)
+
+
+def _checkpoint_space(session: Session) -> int:
+    """Of all checkpoints that are kept at once, and of the one being written."""
+    section = session.recipe.train
+    weights = pipeline_weights(session.teacher_dir)
+    sizes = NetworkSizes.of(weights, denoiser_of(weights), section)
+    best = section.evaluation.best_checkpoints_limit if section.evaluation.steps else 0
+    return checkpoint_bytes(sizes, section) * (section.checkpoints_total_limit + best + 1)
 
 
 def _workers_in_words(workers: int | WorkerRange) -> str:

@@ -1,7 +1,5 @@
 """Fail at the door: does the recipe fit the teacher and the pairs? Before any worker starts."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +8,13 @@ import torch
 
 from dmd_core.decoder import check_decoder
 from dmd_core.export import check_exportable
+from dmd_core.families import CLASSES, Family, family_of, folder_geometry, part_config
 from dmd_core.lora import check_lora
 from dmd_core.losses import REGRESSION_LOSSES
 from dmd_core.perceptual import load_perceptual
 from dmd_core.precision import PrecisionPolicy
 from dmd_core.schedule import Schedule
-from dmd_core.teacher import teacher_revision
+from dmd_core.teacher import class_names, teacher_revision
 from jobs.errors import Exit, JobError
 from jobs.session import Session
 from pipelines.manifest import load_manifest
@@ -30,29 +29,55 @@ def check_training(session: Session, pins: Pins) -> dict[str, str]:
     """Raises an error that names the keys; returns the precision policy, in words."""
     section = session.recipe.train
     check_trackers(section.report_to)
-    folder = Path(session.teacher_dir)
-    scheduler = _scheduler(folder)
+    folder, pairs = Path(session.teacher_dir), session.recipe.pairs
+    scheduler, family, geometry = _scheduler(folder), family_of(folder), folder_geometry(folder)
     try:
-        schedule = Schedule.from_scheduler(scheduler)
-        check_exportable(schedule, dict(scheduler.config), section.student_timesteps)
+        tokens = geometry.image_tokens(geometry.shape(pairs.height, pairs.width))
+        schedule = Schedule.from_scheduler(scheduler, image_tokens=tokens)
+        check_exportable(
+            schedule, dict(scheduler.config), section.student_timesteps, family, tokens
+        )
     except ValueError as error:
         raise JobError(f"teacher.path, train.student_timesteps: {error}", Exit.USAGE) from error
+    _check_guidance(section, folder)
     for _, keys in section.plan():
         if keys.needs_pairs and keys.regression_loss not in REGRESSION_LOSSES:
             load_perceptual(keys.regression_loss, trunk=section.perceptual_trunk or None)
             check_decoder(keys.regression_decoder)
     _check_pairs(session, pins, folder)
-    _check_adapters(section, folder)
+    _check_adapters(section, folder, family)
     return PrecisionPolicy.named(section.mixed_precision).describe()
 
 
-def _check_adapters(section: TrainSection, teacher: Path) -> None:
+def _check_adapters(section: TrainSection, teacher: Path, family: Family) -> None:
     lora = lora_settings(section)
     if lora is None:
         return
+    if not family.adapters:
+        raise JobError(
+            f"train.trainable: lora, but diffusers reads no adapters for a {family.pipeline}; "
+            "expected train.trainable: full",
+            Exit.USAGE,
+        )
+    config = part_config(teacher, family.model)
     with torch.device("meta"):  # the layers' names, without their weights
-        unet = diffusers.UNet2DConditionModel.from_config(_unet_config(teacher))
-    check_lora([name for name, _ in unet.named_modules()], lora)
+        network = getattr(diffusers, config["_class_name"]).from_config(config)
+    check_lora([name for name, _ in network.named_modules()], lora)
+
+
+def _check_guidance(section: TrainSection, teacher: Path) -> None:
+    """Does a class-conditional teacher that is to be guided know "no class"?"""
+    config = part_config(teacher, family_of(teacher).model)
+    classes = config.get("num_class_embeds")
+    guided = any(keys.guidance_scale != 1.0 for _, keys in section.plan())
+    if classes is None or not guided or classes == len(class_names(str(teacher))) + 1:
+        return
+    raise JobError(
+        f"train.guidance_scale is not 1, but the teacher's network has {classes} class labels and "
+        f"{CLASSES} names {len(class_names(str(teacher)))}: guidance needs one label more than "
+        'names, "no class". Set train.guidance_scale: 1.0',
+        Exit.USAGE,
+    )
 
 
 def _check_pairs(session: Session, pins: Pins, teacher: Path) -> None:
@@ -60,7 +85,9 @@ def _check_pairs(session: Session, pins: Pins, teacher: Path) -> None:
     if not pins.versions:
         return
     pairs, root = session.recipe.pairs, session.pairs_root
-    fit = PairFit(teacher_revision(str(teacher)), _latent_shape(teacher), pairs.height, pairs.width)
+    fit = PairFit(
+        teacher_revision(str(teacher)), folder_geometry(teacher).shape, pairs.height, pairs.width
+    )
     for version in pins.versions:
         misfit = fit.misfit(root, load_manifest(root, version))
         if misfit:
@@ -69,25 +96,8 @@ def _check_pairs(session: Session, pins: Pins, teacher: Path) -> None:
 
 def _scheduler(teacher: Path) -> Any:
     """The teacher's scheduler, without its weights."""
-    config = json.loads((teacher / "scheduler" / "scheduler_config.json").read_text())
+    config = part_config(teacher, "scheduler")
     scheduler = getattr(diffusers, str(config.get("_class_name")), None)
     if scheduler is None:
         raise JobError(f"{teacher}/scheduler is a {config.get('_class_name')}, not of diffusers")
     return scheduler.from_config(config)
-
-
-def _unet_config(teacher: Path) -> dict[str, Any]:
-    return json.loads((teacher / "unet" / "config.json").read_text())
-
-
-def _latent_shape(teacher: Path) -> Callable[[int | None, int | None], tuple[int, ...]]:
-    """(C,h,w) for a height and a width in pixels, without the teacher's weights."""
-    unet = _unet_config(teacher)
-    vae = json.loads((teacher / "vae" / "config.json").read_text())
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    own = unet["sample_size"] * factor
-
-    def shape(height: int | None, width: int | None) -> tuple[int, ...]:
-        return unet["in_channels"], (height or own) // factor, (width or own) // factor
-
-    return shape

@@ -1,39 +1,46 @@
-"""`dmd train-teacher`: the miniature Stable Diffusion from captioned emoji, with Ray Train."""
+"""`dmd train-teacher`: the miniature Stable Diffusion from captioned emoji, or a pixel teacher on
+CIFAR-10, with Ray Train."""
 
 import json
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dmd_core.checkpoint import committed_steps
 from jobs.config import resolve_shipped
 from jobs.errors import Exit, JobError
+from jobs.placement import check_room, teacher_training_demand
 from jobs.session import Session
 from pipelines.config import TeacherTrainSection
+from pipelines.costs import Work, estimate, teacher_step_rate
+from pipelines.storage import open_store
 
 CHECKPOINTS = "teacher_checkpoints"
 CARD = "README.md"
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Train VAE and UNet, write the pipeline folder, its gallery and its model card."""
+    """Train the networks, write the pipeline folder with its model card (and gallery)."""
     section = _section(session)
+    _check_data(session, section)
     session.open_run()
-    total = section.vae_steps + section.unet_steps
+    total = section.total_steps
     if (Path(section.output) / CARD).exists():
         steps = committed_steps(session.store.fs, session.store.path(CHECKPOINTS))
         if steps and steps[-1] >= total:
             session.display.done(f"train-teacher: nothing to do, {section.output} is complete")
             return {"teacher": section.output, "trained": False}
-    from pipelines.teacher_training import train_teacher_loop
     from pipelines.workers import run_worker_group
 
     started = time.monotonic()
+    session.start_ray()
+    check_room(session, teacher_training_demand(session.recipe))
     with session.watch("train-teacher", total, "steps") as board:
         run_worker_group(
-            train_teacher_loop,
+            _loop(section),
             {
                 "section": section.model_dump(),
                 "seed": session.recipe.run.seed,
@@ -46,16 +53,14 @@ def run(session: Session) -> dict[str, Any]:
             cpus_per_worker=1,
             use_gpu=section.use_gpu,
             max_failures=section.max_failures,
+            placement=section.placement,
         )
-    from pipelines.teacher_card import write_card
-
-    session.display.say("train-teacher: measuring seen and held-out captions")
     effort = (
         f"Trained on {section.num_workers} worker(s) of a machine with {os.cpu_count()} cores "
         f"({platform.processor() or platform.machine()}); the last start took "
         f"{time.monotonic() - started:.0f} s."
     )
-    figures = write_card(section, seed=session.recipe.run.seed, effort=effort)
+    figures = _write_card(session, section, effort)
     session.display.done(f"train-teacher: {section.output}")
     return {"teacher": section.output, "trained": True, **figures}
 
@@ -63,13 +68,50 @@ def run(session: Session) -> dict[str, Any]:
 def plan(session: Session) -> dict[str, Any]:
     """What `run` would do; touches nothing."""
     section = _section(session)
+    _check_data(session, section)
+    vae_steps = section.total_steps - section.unet_steps
+    workers, cost = section.num_workers, session.recipe.cost
+    work = Work(section.total_steps, 1, workers, float(workers * section.use_gpu))
     return {
-        "vae_steps": section.vae_steps,
+        "data": section.data if section.data == "emoji" else section.pixel.path,
+        "vae_steps": vae_steps,
         "unet_steps": section.unet_steps,
-        "pictures_seen": section.vae_steps * section.vae_batch_size
+        "pictures_seen": vae_steps * section.vae_batch_size
         + section.unet_steps * section.unet_batch_size,
         "writes_to": section.output,
+        **estimate(work, teacher_step_rate(cost), cost),
     }
+
+
+def _loop(section: TeacherTrainSection) -> Callable[[dict[str, Any]], None]:
+    if section.data == "cifar10":
+        from pipelines.pixel_teacher import train_pixel_teacher_loop
+
+        return train_pixel_teacher_loop
+    from pipelines.teacher_training import train_teacher_loop
+
+    return train_teacher_loop
+
+
+def _write_card(session: Session, section: TeacherTrainSection, effort: str) -> dict[str, Any]:
+    seed = session.recipe.run.seed
+    if section.data == "cifar10":
+        from pipelines.pixel_card import write_pixel_card
+
+        session.display.say("train-teacher: sampling every class")
+        return write_pixel_card(section, session.recipe.storage, seed=seed, effort=effort)
+    from pipelines.teacher_card import write_card
+
+    session.display.say("train-teacher: measuring seen and held-out captions")
+    return write_card(section, seed=seed, effort=effort)
+
+
+def _check_data(session: Session, section: TeacherTrainSection) -> None:
+    """Fail at the door: is the data set there, whole?"""
+    if section.data == "cifar10":
+        from pipelines.cifar10 import dataset_digest
+
+        dataset_digest(open_store(section.pixel.path, session.recipe.storage))
 
 
 def _section(session: Session) -> TeacherTrainSection:
@@ -78,7 +120,12 @@ def _section(session: Session) -> TeacherTrainSection:
     if output.startswith("s3://"):
         raise JobError(f"train_teacher.output is {output}; expected a local folder", Exit.USAGE)
     start_from = section.start_from and resolve_shipped(section.start_from)
-    section = section.model_copy(update={"output": output, "start_from": start_from})
+    pixel = section.pixel
+    if section.data == "cifar10":  # workers may have another working directory
+        path = open_store(pixel.path, session.recipe.storage).url
+        pixel = pixel.model_copy(update={"path": path})
+    changes = {"output": output, "start_from": start_from, "pixel": pixel}
+    section = section.model_copy(update=changes)
     if start_from and not committed_steps(session.store.fs, session.store.path(CHECKPOINTS)):
         _check_start(section)
     return section
@@ -86,10 +133,17 @@ def _section(session: Session) -> TeacherTrainSection:
 
 def _check_start(section: TeacherTrainSection) -> None:
     """Fail at the door: is `start_from` a pipeline folder of the sizes that this run has?"""
+    from dmd_core.families import family_of
     from dmd_core.teacher import check_teacher
 
     check_teacher(section.start_from)
     folder = Path(section.start_from)
+    found = family_of(folder).pipeline
+    if found != "StableDiffusionPipeline":
+        raise JobError(
+            f"train_teacher.start_from {folder} is a {found}; expected a StableDiffusionPipeline",
+            Exit.USAGE,
+        )
     if folder.resolve() == Path(section.output).resolve():
         raise JobError(f"train_teacher.output is start_from itself: {folder}", Exit.USAGE)
     expected = {
@@ -105,11 +159,11 @@ def _check_start(section: TeacherTrainSection) -> None:
     }
     for part, settings in expected.items():
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        found = json.loads((folder / part / name).read_text())
+        config = json.loads((folder / part / name).read_text())
         for key, value in settings.items():
-            if found.get(key) != value:
+            if config.get(key) != value:
                 raise JobError(
-                    f"train_teacher.start_from {folder}: {part} has {key} {found.get(key)}; "
+                    f"train_teacher.start_from {folder}: {part} has {key} {config.get(key)}; "
                     f"this run expects {value}",
                     Exit.USAGE,
                 )

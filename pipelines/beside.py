@@ -34,6 +34,7 @@ from pipelines.beside_results import (
 )
 from pipelines.beside_settings import EvaluationSection
 from pipelines.beside_task import EvaluationTask, evaluate_checkpoint
+from pipelines.config import EvaluateSection
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store
 
@@ -235,9 +236,10 @@ def finish_evaluations(task: EvaluationTask, steps: Iterable[int]) -> dict[str, 
 def _evaluated(task: EvaluationTask, step: int) -> Evaluated:
     """The evaluation in a process of its own, tried again once."""
     section, reason = task.settings, ""
+    where = EvaluateSection.model_validate(task.evaluate).placement.options()
     # One call per process: a finished evaluation gives its memory back, on the device above all.
     remote = ray.remote(
-        num_cpus=section.num_cpus, num_gpus=section.num_gpus, max_retries=0, max_calls=1
+        num_cpus=section.num_cpus, num_gpus=section.num_gpus, max_retries=0, max_calls=1, **where
     )(evaluate_checkpoint)
     for _ in range(_ATTEMPTS):
         try:

@@ -19,8 +19,9 @@ from pipelines.beside_results import Evaluated
 from pipelines.beside_settings import EvaluationSection
 from pipelines.config import EvaluateSection, PairsSection, StorageSection
 from pipelines.evaluation import FOLDER, held_out, measure_system, usable_gallery
+from pipelines.inception_features import Judge
 from pipelines.run_folder import CHECKPOINTS
-from pipelines.storage import Store, local_copy, open_store
+from pipelines.storage import Store, open_store
 from pipelines.student_export import export_checkpoint, load_student, weights_kind
 from pipelines.systems import (
     STUDENT,
@@ -31,6 +32,7 @@ from pipelines.systems import (
     SamplingPlan,
     SystemSampler,
 )
+from pipelines.teacher_source import local_teacher
 from pipelines.train_config import TrainSection
 from pipelines.workers import set_threads
 
@@ -83,7 +85,7 @@ def evaluation_task(
     are URLs. Raises ValueError for too few prompts."""
     if not section.steps:
         return None
-    chosen = held_out(prompts, section.max_prompts)
+    chosen = held_out(prompts, section.max_prompts) * evaluate.samples_per_prompt
     plan = SamplingPlan.from_sections(evaluate, pairs, train.student_timesteps)
     files = images.image_files(
         plan, chosen, [TEACHER], mean=None, teacher_revision=teacher_revision, student_revision=""
@@ -92,10 +94,19 @@ def evaluation_task(
         run,
         teacher,
         teacher_revision,
-        files[TEACHER].split("/")[0],
+        "-".join([files[TEACHER].split("/")[0], *_yardstick(evaluate)]),
         chosen,
         *(part.model_dump(mode="json") for part in (section, evaluate, pairs, train, storage)),
     )
+
+
+def _yardstick(evaluate: EvaluateSection) -> list[str]:
+    """What else decides the figures of the same pictures."""
+    return [
+        name
+        for name, given in (("inception", evaluate.features), ("real", evaluate.real))
+        if given and given != "latents"
+    ]
 
 
 def measurable(section: EvaluationSection, teacher: str, prompts: tuple[str, ...]) -> str:
@@ -118,12 +129,13 @@ def evaluate_checkpoint(task: EvaluationTask, step: int) -> Evaluated:
     device = "cuda" if section.num_gpus else "cpu"
     storage = StorageSection.model_validate(task.storage)
     with tempfile.TemporaryDirectory(prefix="dmd-evaluate-") as folder:
-        teacher = local_copy(open_store(task.teacher, storage), str(Path(folder) / "teacher"))
+        teacher = local_teacher(task.teacher, storage)
         student = str(Path(folder) / "student")
         weights = _export(task, run, step, teacher, student)
         networks = Networks(teacher, student, storage, device=device, threads=threads)
         found = teacher_pictures(task, run, networks)
         found[STUDENT] = _sample_student(task, networks)
+        found |= _judged(task, run, found)
         gallery, _ = usable_gallery(load_gallery(teacher), found[TEACHER])
     confidence = EvaluateSection.model_validate(task.evaluate).confidence
     metrics = measure_system(STUDENT, found, gallery, confidence)
@@ -139,21 +151,37 @@ def evaluate_checkpoint(task: EvaluationTask, step: int) -> Evaluated:
 
 
 def teacher_pictures(task: EvaluationTask, run: Store, networks: Networks) -> dict[str, Images]:
-    """The teacher's pictures and the reference draw: made once, where `dmd evaluate` keeps its
-    own, and shared with it where it takes the same prompts."""
-    plan, root = task.plan(), run.at(FOLDER)
-    files = images.image_files(
-        plan, task.prompts, [TEACHER, TEACHER_AGAIN],
+    """The teacher's pictures and the reference draw, if it is one: made once, where `dmd evaluate`
+    keeps its own, and shared with it where it takes the same prompts."""
+    plan, root, files = task.plan(), run.at(FOLDER), _teacher_files(task)
+    images.make_images(root, files, task.prompts, plan, networks, pool=images.SamplerPool(actors=0))
+    return {system: images.read_images(root, path) for system, path in files.items()}
+
+
+def _teacher_files(task: EvaluationTask) -> dict[str, str]:
+    evaluate = EvaluateSection.model_validate(task.evaluate)
+    return images.image_files(
+        task.plan(), task.prompts, [TEACHER] if evaluate.real else [TEACHER, TEACHER_AGAIN],
         mean=None, teacher_revision=task.teacher_revision, student_revision="",
     )  # fmt: skip
-    images.make_images(root, files, task.prompts, plan, networks, actors=0)
-    return {system: images.read_images(root, path) for system, path in files.items()}
+
+
+def _judged(task: EvaluationTask, run: Store, found: dict[str, Images]) -> dict[str, Images]:
+    """What the student is measured with, where that is not the teacher's own features."""
+    evaluate = EvaluateSection.model_validate(task.evaluate)
+    judge = Judge.of(evaluate, StorageSection.model_validate(task.storage))
+    if judge is None:
+        return {}
+    compared = {system: found[system] for system in (STUDENT, TEACHER_AGAIN) if system in found}
+    files, alone = _teacher_files(task), images.SamplerPool(actors=0)
+    return judge.features(run.at(FOLDER), files, compared, alone)
 
 
 def _export(task: EvaluationTask, run: Store, step: int, teacher_dir: str, target: str) -> str:
     """Write the student's folder; returns which weights it has."""
     checkpoint = load_student(run, CHECKPOINTS, step)
-    teacher = load_teacher(teacher_dir)
+    plan = task.plan()
+    teacher = load_teacher(teacher_dir, size=(plan.height, plan.width))
     if teacher.revision != task.teacher_revision:
         raise ValueError(
             f"{task.teacher} has revision {teacher.revision[:12]}…, this run was started with "

@@ -8,14 +8,11 @@ import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from pipelines.pixel_settings import PixelTrainSection
+from pipelines.placement import GroupPlacementSection, PlacementSection
+from pipelines.section import Section
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -26,13 +23,9 @@ MixedPrecision = Annotated[
 ]
 
 Solver = Literal[
-    "ddim", "pndm", "dpmsolver++", "unipc", "heun", "euler", "flow_euler", "edm_euler",
+    "ddim", "pndm", "dpmsolver++", "unipc", "heun", "euler", "flow_euler", "edm_heun", "edm_euler",
     "edm_dpmsolver++",
 ]  # fmt: skip
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class RunSection(Section):
@@ -85,12 +78,34 @@ class RaySection(Section):
         default=8, description="logical CPUs of the embedded Ray (slots, not cores)"
     )
     object_store_mb: Positive = 256
+    autoscaling: bool | None = Field(
+        default=None,
+        description="are nodes started on demand? What no node can run yet is waited for (true), "
+        "waited for with a warning (empty), or refused (false, and always by an embedded Ray)",
+    )
 
 
 class TeacherSection(Section):
-    """The teacher: a directory in diffusers format, or `shipped:emoji`."""
+    """The teacher: a diffusers pipeline, from wherever it lies (docs/teachers.md)."""
 
-    path: str = "shipped:emoji"
+    path: str = Field(
+        default="shipped:emoji",
+        description="a pipeline folder or an s3:// URL of one, org/name of a hub, a single-file "
+        ".safetensors checkpoint, or shipped:emoji",
+    )
+    revision: str | None = Field(
+        default=None, description="of a hub's model: the 40 hexadecimal digits of a commit"
+    )
+    variant: str | None = Field(
+        default=None,
+        pattern=r"^\w+$",
+        description="of the weight files, as diffusers names them: fp16 reads *.fp16.safetensors",
+    )
+    single_file_config: str | None = Field(
+        default=None,
+        description="for a single-file checkpoint: a pipeline folder whose configuration and "
+        "tokenizers it is loaded with (a path, s3:// URL, or org/name@<commit>)",
+    )
 
 
 class ActorRange(Section):
@@ -150,10 +165,13 @@ class PairsSection(Section):
         default=0.01, ge=0, le=1, description="more rejected rows than this: exit code 5"
     )
     cpus_per_actor: float = Field(default=1, ge=0)
-    gpus_per_actor: float = Field(default=0, ge=0)
+    gpus_per_actor: float = Field(
+        default=0, ge=0, description="0.5: two teachers share one GPU, and its memory"
+    )
     threads_per_actor: Positive | None = Field(
         default=None, description="torch threads; empty: all cores"
     )
+    placement: PlacementSection = PlacementSection()
 
     @property
     def most_actors(self) -> int:
@@ -181,16 +199,59 @@ class EvaluateSection(Section):
     timing_repeats: Positive = 10
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     report_images: Positive = 32
+    samples_per_prompt: Positive = Field(
+        default=1, description="pictures of each prompt; a class-conditional teacher has few"
+    )
+    features: Literal["latents", "inception"] = Field(
+        default="latents",
+        description="what pictures are compared in: latents (of a pixel model, pixels), or the "
+        "network of published FID and KID (extra fid)",
+    )
+    inception: str = Field(
+        default="", description="file of that network's weights; empty: of the installed package"
+    )
+    real: str = Field(
+        default="",
+        description="what `dmd data cifar10` wrote: teacher and student are compared with these "
+        "real pictures; empty: with an independent draw of the teacher",
+    )
+    clip_model: str = Field(
+        default="",
+        description="measures the CLIP score with it: a CLIP model folder, an s3:// URL of one, or "
+        "org/name@<commit> of a hub",
+    )
+    actors: Positive = Field(default=1, description="that sample pictures")
+    cpus_per_actor: float = Field(default=1, ge=0)
+    gpus_per_actor: float = Field(default=0, ge=0)
+    placement: PlacementSection = Field(
+        default=PlacementSection(), description="also of the evaluations beside a training"
+    )
+
+    @model_validator(mode="after")
+    def _real_pictures_as_features(self) -> "EvaluateSection":
+        if self.real and self.features != "inception":
+            raise ValueError("real needs features: inception")
+        return self
+
+
+_EMOJI_TEACHER = (
+    "start_from", "vae_steps", "vae_batch_size", "vae_learning_rate", "timestep_power",
+    "skin_tone_weight", "ema_decay", "caption_dropout", "unet_channels", "vae_channels",
+)  # fmt: skip
 
 
 class TeacherTrainSection(Section):
-    """`dmd train-teacher`: the miniature Stable Diffusion."""
+    """`dmd train-teacher`: the miniature Stable Diffusion, or a pixel teacher for CIFAR-10."""
 
-    data: Literal["emoji"] = "emoji"
+    data: Literal["emoji", "cifar10"] = "emoji"
+    pixel: PixelTrainSection = Field(
+        default=PixelTrainSection(), description="with data: cifar10, in place of the vae_ keys"
+    )
     output: str = Field(default="", description="pipeline folder; empty: <run.dir>/teacher")
     image_size: Literal[32, 64] = 32
     num_workers: Positive = 1
     use_gpu: bool = False
+    placement: GroupPlacementSection = GroupPlacementSection()
     threads_per_worker: Positive | None = None
     max_failures: NotNegative = 3
     max_pictures: Positive | None = Field(
@@ -223,9 +284,22 @@ class TeacherTrainSection(Section):
     unet_channels: tuple[Positive, Positive] = (96, 192)
     vae_channels: tuple[Positive, Positive, Positive] = (32, 64, 96)
 
+    @property
+    def total_steps(self) -> int:
+        return self.unet_steps + (self.vae_steps if self.data == "emoji" else 0)
+
+    @model_validator(mode="after")
+    def _keys_of_this_data(self) -> "TeacherTrainSection":
+        own = ("pixel",) if self.data == "emoji" else _EMOJI_TEACHER
+        defaults = type(self).model_fields
+        given = [name for name in own if getattr(self, name) != defaults[name].default]
+        if given:
+            raise ValueError(f"{', '.join(given)}: not for data: {self.data}; leave it out")
+        return self
+
     @model_validator(mode="after")
     def _vae_trained_or_kept(self) -> "TeacherTrainSection":
-        if bool(self.start_from) != (self.vae_steps == 0):
+        if self.data == "emoji" and bool(self.start_from) != (self.vae_steps == 0):
             raise ValueError(
                 f"vae_steps is {self.vae_steps} and start_from is {self.start_from!r}; expected "
                 "vae_steps 0 with start_from (its VAE is kept), and more than 0 without"

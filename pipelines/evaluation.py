@@ -5,7 +5,7 @@ Does the student beat what costs nothing (its own start, the mean picture) and w
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,27 @@ import ray
 import safetensors.numpy
 import torch
 
-from dmd_core.features import FEATURE_SPACE
+from dmd_core.families import family_of, guidance_distilled
+from dmd_core.features import FEATURE_SPACE, PIXELS
 from dmd_core.files import write_atomic
 from dmd_core.gallery import Gallery, load_gallery
-from dmd_core.metrics import Estimate, kid, kid_difference, regression_distance, retrieval
+from dmd_core.inception import INCEPTION_SPACE
+from dmd_core.metrics import (
+    Estimate,
+    enough_for_frechet,
+    frechet_distance,
+    kid,
+    kid_difference,
+    regression_distance,
+    retrieval,
+)
 from dmd_core.noise import sample_noise
 from dmd_core.teacher import teacher_revision
+from pipelines.alignment import alignment, clip_folder
 from pipelines.beside_settings import FEWEST_PROMPTS
 from pipelines.config import EvaluateSection, PairsSection
-from pipelines.images import image_files, make_images, read_images
+from pipelines.images import SamplerPool, image_files, make_images, read_images
+from pipelines.inception_features import REAL, Judge
 from pipelines.storage import Store
 from pipelines.systems import (
     MEAN,
@@ -38,6 +50,8 @@ from pipelines.systems import (
 )
 from pipelines.timing import NOT_MEASURED, measure_speed
 
+# KID takes time in proportion to the square of the rows; its interval is narrow long before.
+_KID_ROWS = 5000
 METRICS = "metrics.json"
 FOLDER = "evaluation"
 NOISE, NOISE_PROMPTS = f"{FOLDER}/latents.safetensors", f"{FOLDER}/latents.json"
@@ -52,8 +66,6 @@ def evaluate(
     prompts: Sequence[str],
     student_timesteps: tuple[int, ...] | None = None,
     provenance: dict[str, Any],
-    actors: int = 1,
-    gpus_per_actor: float = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Sample, measure, write `<run>/metrics.json`, return its content. Ray must be initialised.
@@ -61,27 +73,40 @@ def evaluate(
     `prompts` are the held-out ones; `networks.mean` None leaves the mean picture out;
     `provenance` (versions, manifest digest, checkpoint …) is recorded as it is.
     """
-    chosen = held_out(prompts, section.max_prompts)
+    judge = Judge.of(section, networks.storage)
+    chosen = held_out(prompts, section.max_prompts) * section.samples_per_prompt
+    if section.clip_model:  # before hours of sampling
+        clip_folder(section.clip_model, networks.storage)
     plan, local = SamplingPlan.from_sections(section, pairs, student_timesteps), networks.local()
     revisions = {
         "teacher_revision": teacher_revision(local.teacher),
         "student_revision": teacher_revision(local.student),
     }
-    files = image_files(plan, chosen, _systems(plan, networks), mean=networks.mean, **revisions)
-    folder = run.at(FOLDER)
+    systems = _systems(plan, networks, real=bool(section.real))
+    files = image_files(plan, chosen, systems, mean=networks.mean, **revisions)
+    folder, pool = run.at(FOLDER), SamplerPool.of(section)
     make_images(
         folder, files, chosen, plan, networks,
-        actors=actors, gpus_per_actor=gpus_per_actor, on_progress=on_progress,
+        pool=pool, on_progress=on_progress,
     )  # fmt: skip
     images = {system: read_images(folder, path) for system, path in files.items()}
+    if judge is not None:
+        images = judge.features(folder, files, images, pool, on_progress)
     save_noise(run, plan, images[TEACHER], section.report_images)
-    speed = ray.remote(measure_speed).options(num_cpus=1, num_gpus=gpus_per_actor)
-    metrics = _measure(images, load_gallery(local.teacher), section.confidence)
+    speed = ray.remote(measure_speed).options(num_cpus=pool.cpus, num_gpus=pool.gpus, **pool.where)
+    own_space = PIXELS if family_of(local.teacher).on_pixels else FEATURE_SPACE
+    space = own_space if judge is None else INCEPTION_SPACE
+    metrics = _measure(images, load_gallery(local.teacher), section.confidence, space)
     config = json.loads((Path(local.teacher) / "scheduler" / "scheduler_config.json").read_text())
     for system, entry in metrics["systems"].items():
-        entry["network_evaluations"] = network_evaluations(plan, config, system)
+        entry["network_evaluations"] = network_evaluations(
+            plan, config, system, distilled=guidance_distilled(local.teacher)
+        )
     metrics |= {
         "timing": ray.get(speed.remote(plan, networks, chosen, section.timing_repeats)),
+        "alignment": alignment(
+            section.clip_model, networks, folder, files, confidence=section.confidence, pool=pool
+        ),
         "pictures": {system: f"{FOLDER}/{path}" for system, path in files.items()},
         "noise": NOISE,
         "provenance": asdict(plan) | revisions | provenance,
@@ -116,31 +141,38 @@ def save_noise(run: Store, plan: SamplingPlan, images: Images, count: int) -> No
     write_atomic(run.fs, run.path(NOISE_PROMPTS), text.encode())
 
 
-def _systems(plan: SamplingPlan, networks: Networks) -> list[str]:
+def _systems(plan: SamplingPlan, networks: Networks, *, real: bool) -> list[str]:
     free = [START] if networks.mean is None else [START, MEAN]
-    return [TEACHER, STUDENT, TEACHER_AGAIN, *free, *plan.few()]
+    again = [] if real else [TEACHER_AGAIN]  # the reference, where there are no real pictures
+    return [TEACHER, STUDENT, *again, *free, *plan.few()]
 
 
 def _measure(
-    images: dict[str, Images], gallery: Gallery | None, confidence: float
+    images: dict[str, Images], gallery: Gallery | None, confidence: float, space: str
 ) -> dict[str, Any]:
-    """Every number that is a function of the pictures alone."""
-    features = {system: entry.features for system, entry in images.items()}
-    teacher, reference = images[TEACHER], features[TEACHER_AGAIN]
+    """Every number that is a function of the pictures alone. `space` names the features."""
+    features = {system: entry.features[:_KID_ROWS] for system, entry in images.items()}
+    teacher, against = images[TEACHER], reference_of(images)
     gallery, why_not = usable_gallery(gallery, teacher)
-    systems = {system: measure_system(system, images, gallery, confidence) for system in images}
+    systems = {
+        system: measure_system(system, images, gallery, confidence)
+        for system in images
+        if system != REAL
+    }
     return {
         "prompts": len(teacher.prompts),
         "confidence": confidence,
-        "feature_space": FEATURE_SPACE,
-        "feature_dimension": reference.shape[1],
-        "reference": TEACHER_AGAIN,
+        "feature_space": space,
+        "feature_dimension": teacher.features.shape[1],
+        "kid_samples": len(features[against]),
+        "reference": against,
         "systems": systems,
         "retrieval": why_not or f"gallery of {len(gallery.captions) if gallery else 0} pictures",
         "comparisons": {
-            system: _compare(features[STUDENT], features[system], reference, confidence)
+            system: _compare(features[STUDENT], features[system], features[against], confidence)
             for system in images
-            if system not in (TEACHER, TEACHER_AGAIN, STUDENT)
+            if system not in (STUDENT, TEACHER_AGAIN, REAL)
+            and (system != TEACHER or against == REAL)  # else it would be its own yardstick
         },
     }
 
@@ -148,17 +180,26 @@ def _measure(
 def measure_system(
     system: str, images: dict[str, Images], gallery: Gallery | None, confidence: float
 ) -> dict[str, Any]:
-    """kid, rmse and retrieval of one system; None for what says nothing about it. `images` has it,
-    `teacher` and `teacher_again`; `gallery` is a usable one, or None."""
-    entry, reference = images[system], images[TEACHER_AGAIN].features
-    found: dict[str, Any] = {"kid": None, "rmse": None, "retrieval": None}
-    if system != TEACHER_AGAIN:
-        found["kid"] = asdict(kid(entry.features, reference, confidence=confidence))
+    """kid, fid, rmse and retrieval of one system; None for what says nothing about it, or for too
+    few pictures (fid). `images` has it, `teacher` and the reference; `gallery` is a usable one, or
+    None."""
+    entry, against = images[system], reference_of(images)
+    found: dict[str, Any] = {"kid": None, "fid": None, "rmse": None, "retrieval": None}
+    if system != against:
+        ours, theirs = entry.features, images[against].features
+        found["kid"] = asdict(kid(ours[:_KID_ROWS], theirs[:_KID_ROWS], confidence=confidence))
+        if against == REAL and enough_for_frechet(ours):
+            found["fid"] = {"value": frechet_distance(ours, theirs), "samples": len(ours)}
     if system != TEACHER:
         found["rmse"] = asdict(_rmse(entry, images[TEACHER], confidence))
     if gallery is not None:
         found["retrieval"] = _retrieval(entry, gallery, confidence)
     return found
+
+
+def reference_of(images: Mapping[str, Images]) -> str:
+    """What every system is compared with: real pictures, or an independent draw of the teacher."""
+    return REAL if REAL in images else TEACHER_AGAIN
 
 
 def _compare(

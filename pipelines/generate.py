@@ -107,6 +107,7 @@ def _write_missing_rows(task: TeacherTask, file: LandedFile, lease: Lease) -> No
             compute=_pool(section.actors),
             num_cpus=section.cpus_per_actor,
             num_gpus=section.gpus_per_actor,
+            **section.placement.options(),
         )
         # Any other mode than append empties the folder, or refuses to go on.
         pairs.write_parquet(

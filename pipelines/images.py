@@ -7,8 +7,9 @@ pictures as they are.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import ray.data
 
 from dmd_core.files import write_atomic
+from pipelines.config import EvaluateSection
 from pipelines.storage import Store
 from pipelines.systems import MEAN, STUDENT, Images, Networks, SamplingPlan, SystemSampler
 from pipelines.workers import set_threads
@@ -24,6 +26,26 @@ from pipelines.workers import set_threads
 # Raised by hand when a change to the code changes pictures; part of every file's digest.
 NUMERICS_VERSION = 1
 _ARRAYS = {"latents": np.float32, "pictures": np.uint8, "features": np.float32}
+
+
+@dataclass(frozen=True)
+class SamplerPool:
+    """Who samples: so many Ray actors with so many logical CPUs and GPUs each, or, with `actors`
+    0, this process alone. `where`: what else Ray is asked for (`PlacementSection.options`)."""
+
+    actors: int = 1
+    cpus: float = 1
+    gpus: float = 0
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(section: EvaluateSection) -> "SamplerPool":
+        return SamplerPool(
+            section.actors,
+            section.cpus_per_actor,
+            section.gpus_per_actor,
+            section.placement.options(),
+        )
 
 
 def image_files(
@@ -61,22 +83,21 @@ def make_images(
     plan: SamplingPlan,
     networks: Networks,
     *,
-    actors: int = 1,
-    gpus_per_actor: float = 0,
+    pool: SamplerPool = SamplerPool(),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Sample every system of `files` (system → path under `root`) that has no file yet.
 
-    One Ray Data execution for all of them, or with `actors` 0 this process alone; a system's file
-    appears when its last picture is there. `on_progress(done, total)` counts pictures.
+    One Ray Data execution for all of them, or this process alone; a system's file appears when its
+    last picture is there. `on_progress(done, total)` counts pictures.
     """
     missing = [system for system, path in files.items() if not root.fs.exists(root.path(path))]
     if not missing:
         return
     batches = _batches(missing, prompts, plan)
     tables = (
-        _on_ray(batches, plan, networks, actors, gpus_per_actor)
-        if actors
+        _on_ray(batches, plan, networks, pool)
+        if pool.actors
         else map(_SamplerActor(plan, networks), batches)
     )
     parts: dict[str, list[pa.Table]] = {system: [] for system in missing}
@@ -95,21 +116,18 @@ def make_images(
 
 
 def _on_ray(
-    batches: Iterator[pa.Table],
-    plan: SamplingPlan,
-    networks: Networks,
-    actors: int,
-    gpus_per_actor: float,
+    batches: Iterator[pa.Table], plan: SamplingPlan, networks: Networks, pool: SamplerPool
 ) -> Iterator[pa.Table]:
     # One block is one batch, so a picture's batch mates do not depend on what was there before.
     dataset = ray.data.from_arrow(list(batches)).map_batches(
         _SamplerActor,
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=actors),
+        compute=ray.data.ActorPoolStrategy(size=pool.actors),
         fn_constructor_kwargs={"plan": plan, "networks": networks},
-        num_cpus=1,
-        num_gpus=gpus_per_actor,
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+        **pool.where,
     )
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 

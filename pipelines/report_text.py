@@ -25,6 +25,11 @@ def system_names(metrics: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def reference_words(metrics: dict[str, Any]) -> str:
+    """What the kernel distances are measured to."""
+    return "real pictures" if metrics.get("reference") == "real" else "the teacher"
+
+
 def headline(metrics: dict[str, Any]) -> str:
     """The verdict in one sentence."""
     timing, systems = metrics["timing"], metrics["systems"]
@@ -43,12 +48,14 @@ def findings(metrics: dict[str, Any]) -> list[str]:
     """What the comparisons say about quality, good and bad, one sentence for each outcome."""
     few = {few_step_name(n): _in_steps(n) for n in metrics["provenance"]["few_steps"]}
     prose = {START: "the student before training", MEAN: "the mean picture"} | few
+    prose[TEACHER] = "the teacher itself"
+    target = reference_words(metrics)
     beyond = f"beyond the {_percent(metrics['confidence'])} confidence interval"
     sentences = []
     for outcome, text in (
-        (True, f"By kernel distance it is nearer to the teacher, {beyond}, than {{}}."),
+        (True, f"By kernel distance it is nearer to {target}, {beyond}, than {{}}."),
         ("undecided", "Within the confidence interval it is neither nearer nor farther than {}."),
-        (False, f"By kernel distance it is farther from the teacher, {beyond}, than {{}}."),
+        (False, f"By kernel distance it is farther from {target}, {beyond}, than {{}}."),
     ):
         found = [
             prose[system]
@@ -76,10 +83,20 @@ def tiles(metrics: dict[str, Any]) -> list[dict[str, str]]:
         },
         {
             "value": f"{student['kid']['value']:.3g}",
-            "label": "kernel distance to the teacher",
+            "label": f"kernel distance to {reference_words(metrics)}",
             "note": f"before training {systems[START]['kid']['value']:.3g}",
         },
     ]
+    scores = metrics.get("alignment", {}).get("clip_score")
+    if isinstance(scores, dict):
+        shown.append(
+            {
+                "value": f"{scores[STUDENT]['value']:.1f}",
+                "label": "CLIP score: picture against prompt",
+                "note": f"teacher {scores[TEACHER]['value']:.1f}, "
+                f"difference {_interval(metrics['alignment']['clip_score_difference'])}",
+            }
+        )
     if student["retrieval"]:
         top, of_teacher = student["retrieval"][0], teacher["retrieval"][0]
         shown.append(
@@ -109,6 +126,7 @@ def table_rows(metrics: dict[str, Any], names: dict[str, str]) -> list[dict[str,
                 "evaluations": entry["network_evaluations"],
                 "seconds": _seconds(seconds[system]["median"]) if system in seconds else "—",
                 "kid": _interval(entry["kid"]),
+                "fid": f"{entry['fid']['value']:.2f}" if entry.get("fid") else "",
                 "rmse": _interval(entry["rmse"]),
                 "retrieval": [_percent(top["share"]["value"]) for top in entry["retrieval"] or []],
                 "better": {True: "yes", False: "no", None: "—"}.get(better, better),

@@ -14,7 +14,8 @@ from pipelines.storage import Store
 
 _NAME = re.compile(r"step_(\d+)\.json")
 _LABELS = {
-    "kid": "kernel distance to the teacher (KID), lower is nearer",
+    "kid": "kernel distance to the reference (KID), lower is nearer",
+    "fid": "Fréchet distance to real pictures (FID), lower is nearer",
     "rmse": "RMSE to the teacher's pictures, lower is nearer",
     "retrieval": "retrieval, top 1: share of right pictures, higher is better",
 }
@@ -22,7 +23,8 @@ _LABELS = {
 
 @dataclass(frozen=True)
 class Validation:
-    """`results`: step → metric → value, low, high, all finite, ascending. `best`: of best.json."""
+    """`results`: step → metric → value and mostly low and high, all finite, ascending. `best`: of
+    best.json."""
 
     results: Mapping[int, Mapping[str, Mapping[str, float]]]
     best: Mapping[str, Any] | None = None
@@ -63,7 +65,11 @@ def validation_curves(validation: Validation, marks: Sequence[int]) -> dict[str,
         best = validation.best
         curves[_LABELS.get(name, name)] = interval_curve(
             list(points),
-            *([point[key] for point in points.values()] for key in ("value", "low", "high")),
+            # FID has no interval.
+            *(
+                [point.get(key, point["value"]) for point in points.values()]
+                for key in ("value", "low", "high")
+            ),
             label=_LABELS.get(name, name),
             best=best["step"] if best and best["metric"] == name else None,
             marks=marks,
@@ -85,7 +91,10 @@ def _inputs(content: Mapping[str, Any]) -> Any:
 
 
 def _drawable(entry: Mapping[str, Any] | None) -> bool:
-    return entry is not None and all(
-        isinstance(entry.get(key), int | float) and math.isfinite(entry[key])
-        for key in ("value", "low", "high")
+    """Is there a value, and is everything there finite?"""
+    found = [entry[key] for key in ("value", "low", "high") if key in entry] if entry else []
+    return (
+        bool(found)
+        and "value" in (entry or {})
+        and all(isinstance(number, int | float) and math.isfinite(number) for number in found)
     )

@@ -20,8 +20,9 @@ from pipelines.pins import Pins
 from pipelines.prompts import read_prompts
 from pipelines.sample_pictures import SamplePictures
 from pipelines.step_data import StepSource
-from pipelines.storage import Store, local_copy, open_store
+from pipelines.storage import Store, open_store
 from pipelines.streams import PictureStream, PromptStream, open_pictures
+from pipelines.teacher_source import local_teacher
 from pipelines.train_config import StageKeys, TrainSection
 from pipelines.workers import Group
 
@@ -41,9 +42,10 @@ class RunInputs:
         device = ray.train.torch.get_device() if self.section.use_gpu else torch.device("cpu")
         # A network that is sharded never lies whole on the device.
         self.teacher = load_teacher(
-            local_copy(open_store(config["teacher"], self._storage)),
+            local_teacher(config["teacher"], self._storage),
             device=device,
             network_device="cpu" if self.section.parallel.shards else device,
+            size=(self.pairs_section.height, self.pairs_section.width),
         )
         self._root = open_store(config["root"], self._storage)
         self.versions = PairVersions(self._root, self.pins, self.seed)
@@ -54,8 +56,11 @@ class RunInputs:
         return self.teacher.latent_shape(self.pairs_section.height, self.pairs_section.width)
 
     def unconditional(self) -> Condition:
-        """What guidance of the real score moves away from: one row."""
-        return self.teacher.encode_prompts([self.pairs_section.negative_prompt])
+        """What guidance of the real score moves away from: one row; nothing, where no stage has
+        guidance (a class-conditional teacher may know no "no class")."""
+        if all(keys.guidance_scale == 1.0 for _, keys in self.section.plan()):
+            return Condition()
+        return self.teacher.encode_negatives([self.pairs_section.negative_prompt])
 
     def source(self, *, timesteps: int) -> StepSource:
         return StepSource(
@@ -113,7 +118,6 @@ class RunInputs:
         if not self.section.uses_gan:
             return None
         store, refs = open_pictures(self.section.real_pictures, self._storage)
-        factor = self.teacher.pipeline.vae_scale_factor
-        height, width = (side * factor for side in self.shape[1:])
+        size = self.teacher.geometry.pixels(self.shape)
         seed = stable_seed(self.seed, "pictures")
-        return PictureStream(store, refs, self.teacher.encode, (height, width), seed)
+        return PictureStream(store, refs, self.teacher.encode, size, seed)

@@ -4,6 +4,9 @@ Every system gets the same held-out prompts and the same ε per prompt; only `te
 other noise, as the independent reference. Nothing here needs Ray.
 """
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +14,24 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from dmd_core.families import family_of, left_out
 from dmd_core.features import latent_features
+from dmd_core.latents import decode_samples
 from dmd_core.noise import sample_noise, stable_seed
-from dmd_core.ode import make_scheduler
+from dmd_core.ode import make_scheduler, step_grid
+from dmd_core.plain_call import (
+    call_arguments,
+    family_of_pipeline,
+    samples_of,
+    student_guidance,
+    with_latents,
+)
 from dmd_core.student import Student
 from dmd_core.teacher import load_teacher
 from pipelines.config import EvaluateSection, PairsSection, StorageSection
-from pipelines.storage import local_copy, open_store
+from pipelines.local_folders import nearby
+from pipelines.storage import open_store
+from pipelines.teacher_source import local_teacher
 
 TEACHER, TEACHER_AGAIN, START, STUDENT, MEAN = (
     "teacher",
@@ -75,9 +89,15 @@ class SamplingPlan:
         return len(self.student_timesteps or (0,))
 
     def seeds(self, system: str, prompts: tuple[str, ...]) -> list[int]:
-        """The noise seed of each prompt: one for all systems, another for the reference draw."""
+        """The noise seed of each row: one for all systems, another for the reference draw."""
         purpose = "evaluate again" if system == TEACHER_AGAIN else "evaluate"
-        return [stable_seed(purpose, self.seed, prompt) for prompt in prompts]
+        seen: Counter[str] = Counter()
+        seeds = []
+        for prompt in prompts:
+            again = [seen[prompt]] if seen[prompt] else []  # the nth picture of a prompt
+            seeds.append(stable_seed(purpose, self.seed, prompt, *again))
+            seen[prompt] += 1
+        return seeds
 
     def few(self) -> dict[str, int]:
         """The few-step baselines and their steps."""
@@ -100,11 +120,11 @@ class Networks:
     threads: int | None = None
 
     def local(self) -> "Networks":
-        """The same, on this machine's disk."""
-        teacher, student = (
-            local_copy(open_store(url, self.storage)) for url in (self.teacher, self.student)
-        )
-        return replace(self, teacher=teacher, student=student)
+        """The same, on this machine's disk and on a device that it has."""
+        teacher = local_teacher(self.teacher, self.storage)
+        student = nearby(open_store(self.student, self.storage))
+        device = self.device if torch.cuda.is_available() else "cpu"  # a GPU may be a logical one
+        return replace(self, teacher=teacher, student=student, device=device)
 
 
 @dataclass(frozen=True)
@@ -119,13 +139,16 @@ class Images:
     features: np.ndarray
 
 
-def network_evaluations(plan: SamplingPlan, scheduler_config: dict, system: str) -> int:
-    """Forward passes of the UNet for one picture of `system`; guidance doubles them."""
+def network_evaluations(
+    plan: SamplingPlan, scheduler_config: dict, system: str, *, distilled: bool = False
+) -> int:
+    """Forward passes of the network for one picture of `system`; guidance doubles them, where the
+    network is not told it (`distilled`)."""
     if system in (START, STUDENT, MEAN):
         return 0 if system == MEAN else plan.student_steps
-    scheduler = make_scheduler(plan.solver, scheduler_config)
-    scheduler.set_timesteps(plan.teacher_steps()[system])
-    return len(scheduler.timesteps) * (2 if plan.guidance_scale > 1.0 else 1)
+    scheduler = make_scheduler(plan.solver, scheduler_config, image_tokens=1)  # any: steps count
+    scheduler.set_timesteps(**step_grid(scheduler.config, plan.teacher_steps()[system], 1))
+    return len(scheduler.timesteps) * (2 if plan.guidance_scale > 1.0 and not distilled else 1)
 
 
 class SystemSampler:
@@ -133,7 +156,9 @@ class SystemSampler:
 
     def __init__(self, plan: SamplingPlan, networks: Networks) -> None:
         self.plan = plan
-        self.teacher = load_teacher(networks.teacher, device=networks.device)
+        self.teacher = load_teacher(
+            networks.teacher, device=networks.device, size=(plan.height, plan.width)
+        )
         self.shape = self.teacher.latent_shape(plan.height, plan.width)
         self.mean = networks.mean
         self._student_path, self._student = networks.student, None
@@ -152,7 +177,7 @@ class SystemSampler:
                 else self._solve(system, eps, prompts)
             )
             latents, pictures = solved.cpu().numpy(), self.teacher.decode(solved)
-        features = latent_features(self.teacher.pipeline.vae, pictures)
+        features = latent_features(self.teacher.vae, pictures)
         return Images(tuple(prompts), tuple(seeds), latents, pictures, features)
 
     def _solve(self, system: str, eps: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
@@ -169,7 +194,7 @@ class SystemSampler:
 
     @torch.no_grad()
     def _start(self, eps: torch.Tensor, prompts: tuple[str, ...], seeds: list[int]) -> torch.Tensor:
-        """The student before training: the teacher's UNet, called as the student calls it."""
+        """The student before training: the teacher's network, called as the student calls it."""
         last = self.teacher.schedule.num_timesteps - 1
         student = Student(self.teacher.denoiser(), self.plan.student_timesteps or (last,))
         again = [
@@ -187,18 +212,27 @@ class SystemSampler:
         several steps draws its re-noising from one generator per picture."""
         if self._student is None:
             self._student = load_plainly(self._student_path, self.teacher.device)
-        pipeline = self._student
-        latents = pipeline(
-            list(prompts),
-            latents=eps.to(self.teacher.device),
-            num_inference_steps=self.plan.student_steps,
-            guidance_scale=0,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            output_type="latent",
-        ).images
-        decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
-        pictures = pipeline.image_processor.postprocess(decoded, output_type="np")
-        return latents.float().cpu().numpy(), (pictures * 255).round().astype(np.uint8)
+        pipeline, family = with_latents(self._student), family_of_pipeline(self._student)
+        arguments = call_arguments(
+            family_of_pipeline(pipeline),
+            prompts,
+            self.teacher.encode_prompts(prompts).labels if family.on_pixels else None,
+            eps.to(self.teacher.device),
+            self.teacher.size,
+        )
+        if family.takes("guidance_scale"):
+            arguments["guidance_scale"] = student_guidance(family)
+        with _seeded(self.teacher.device, seeds):
+            latents = samples_of(
+                family_of_pipeline(pipeline),
+                pipeline,
+                eps.shape,
+                num_inference_steps=self.plan.student_steps,
+                generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+                **arguments,
+            )
+        vae = getattr(pipeline, "vae", None)
+        return latents.float().cpu().numpy(), decode_samples(vae, latents)
 
     def _mean_picture(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The same picture for every prompt: the mean of the training latents, decoded once."""
@@ -210,10 +244,22 @@ class SystemSampler:
         return mean.repeat(count, axis=0), picture.repeat(count, axis=0)
 
 
+@contextmanager
+def _seeded(device: torch.device, seeds: list[int]) -> Iterator[None]:
+    """Pipelines of flow models re-noise from torch's own generator, whatever they are given."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(stable_seed("student again", *seeds))
+        yield
+
+
 def load_plainly(path: str, device: str | torch.device) -> Any:
     """A pipeline folder by plain diffusers, nothing of ours: what its user would have."""
     pipeline = DiffusionPipeline.from_pretrained(
-        path, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+        path,
+        torch_dtype=torch.float32,
+        use_safetensors=True,
+        local_files_only=True,
+        **left_out(path, family_of(path)),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

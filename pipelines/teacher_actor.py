@@ -1,9 +1,7 @@
 """Stations 2–4 inside one worker: seeds → noise → teacher ODE → rows, and the reject lane."""
 
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,20 +15,9 @@ from pipelines.config import PairsSection, StorageSection
 from pipelines.pairs import Fingerprint, encode_pairs
 from pipelines.rejects import RejectedRow, write_rejects
 from pipelines.row_solver import RowSolver
-from pipelines.storage import Store, local_copy, open_store
+from pipelines.storage import Store
+from pipelines.teacher_source import local_teacher
 from pipelines.workers import set_threads
-
-
-@contextmanager
-def teacher_folder(url: str, storage: StorageSection | None = None) -> Iterator[str]:
-    """The teacher at `url` as a local path, for the length of the block."""
-    store = open_store(url, storage)
-    path = local_copy(store)
-    try:
-        yield path
-    finally:
-        if path != store.root:
-            shutil.rmtree(path)
 
 
 @dataclass(frozen=True)
@@ -63,8 +50,8 @@ class TeacherActor:
         section = task.section
         set_threads(section.threads_per_actor)
         device = "cuda" if section.gpus_per_actor and torch.cuda.is_available() else "cpu"
-        with teacher_folder(task.teacher_url, task.storage) as path:
-            self._teacher = load_teacher(path, device=device)
+        folder = local_teacher(task.teacher_url, task.storage)
+        self._teacher = load_teacher(folder, device=device)
         if self._teacher.revision != task.fingerprint.teacher_revision:
             raise TeacherError(
                 f"teacher {task.teacher_url} is now {self._teacher.revision[:16]}; "

@@ -1,13 +1,10 @@
 """Training the miniature teacher as a Ray Train job: VAE, latents, UNet, pipeline folder.
 
 Two stages on one step counter: steps 0 … vae_steps − 1 train the VAE, the rest the UNet with its
-text encoder. A run with `start_from` has no VAE stage. Every random number is keyed by (seed,
-stage, step, rank), so a resumed run goes on as an undisturbed one would.
+text encoder. A run with `start_from` has no VAE stage.
 """
 
 import json
-import math
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,6 @@ import ray.train
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTokenizer
 
@@ -26,10 +21,7 @@ from dmd_core import teacher_training as core
 from dmd_core.checkpoint import (
     Checkpoint,
     committed_steps,
-    load_checkpoint,
     pack_optimizer,
-    prune_checkpoints,
-    save_checkpoint,
     unpack_optimizer,
 )
 from dmd_core.files import write_atomic
@@ -40,14 +32,12 @@ from dmd_core.miniature import (
     build_miniature,
     learn_vocabulary,
 )
-from dmd_core.noise import stable_seed
 from dmd_core.schedule import Schedule
 from dmd_core.teacher import load_teacher
 from pipelines import emoji
 from pipelines.config import StorageSection, TeacherTrainSection
-from pipelines.metrics_log import MetricsLog
-from pipelines.progress import Throttle
 from pipelines.storage import Store, open_store
+from pipelines.teacher_loop import TeacherLoop
 from pipelines.workers import set_threads
 
 
@@ -59,12 +49,10 @@ def train_teacher_loop(config: dict[str, Any]) -> None:
     _TeacherRun(section, config["seed"], store, config.get("board")).run()
 
 
-class _TeacherRun:
+class _TeacherRun(TeacherLoop):
     def __init__(self, section: TeacherTrainSection, seed: int, store: Store, board) -> None:
-        context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.section, self.seed, self.store, self.board = section, seed, store, board
-        self.device = ray.train.torch.get_device() if section.use_gpu else torch.device("cpu")
+        ends = (section.vae_steps, section.total_steps)
+        super().__init__(section, seed, store, board, ends=ends)
         self.items = emoji.load_emoji()[: section.max_pictures]
         self.held_out = emoji.held_out(self.items)
         torch.manual_seed(seed)
@@ -77,7 +65,7 @@ class _TeacherRun:
             item.caption for item, held in zip(self.items, self.held_out, strict=True) if not held
         ]
         self.pipeline = build_miniature(size, self._vocabulary(train_captions, size))
-        if section.start_from and not committed_steps(store.fs, self._checkpoints):
+        if section.start_from and not committed_steps(store.fs, self.checkpoints):
             self._take_weights(section.start_from)
         self.vae = self.pipeline.vae.to(self.device)
         self.model = core.TextConditionalUNet(self.pipeline.unet, self.pipeline.text_encoder)
@@ -91,10 +79,6 @@ class _TeacherRun:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=0.01
         )
-        self.step = 0
-        self.total = section.vae_steps + section.unet_steps
-        self.losses: list[float] = []
-        self.throttle = Throttle(1.0)
 
     def _vocabulary(self, captions: list[str], size: MiniatureSize) -> Vocabulary:
         """Learned (or taken from `start_from`) once, by rank 0 of the first start, and kept.
@@ -122,8 +106,7 @@ class _TeacherRun:
     # ------------------------------------------------------------------ the journey of a run
 
     def run(self) -> None:
-        self._restore()
-        self.log = MetricsLog(self.store, "teacher_metrics.jsonl", resume_step=self.step)
+        self.restore()
         pictures = emoji.load_pictures(self.items, self.section.image_size)
         kept = ~np.asarray(self.held_out)
         if self.step < self.section.vae_steps:
@@ -137,17 +120,17 @@ class _TeacherRun:
     def _train_vae(self, pictures: np.ndarray) -> None:
         section = self.section
         data = core.pictures_to_tensor(pictures)
-        network = self._parallel(_VaeLoss(self.vae))
+        network = self.parallel(_VaeLoss(self.vae))
         while self.step < section.vae_steps:
-            rng = self._rng("vae")
+            rng = self.rng("vae")
             rows = torch.from_numpy(
-                rng.integers(len(data), size=self._share(section.vae_batch_size))
+                rng.integers(len(data), size=self.share(section.vae_batch_size))
             )
             batch = data[rows]
             mirrored = torch.from_numpy(rng.random(len(batch)) < 0.5)
             batch[mirrored] = batch[mirrored].flip(3)
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-            self._update(
+            self.update(
                 lambda batch=batch, generator=generator: network(batch.to(self.device), generator),
                 self.vae_optimizer,
                 self.vae.parameters(),
@@ -155,7 +138,7 @@ class _TeacherRun:
                 * core.warmup_and_decay(self.step, total=section.vae_steps, warmup=100),
                 label="VAE",
             )
-            self._after_step("VAE")
+            self.after_step("VAE")
 
     def _latents(self, pictures: np.ndarray, kept: np.ndarray) -> core.LatentSet:
         """The frozen VAE's latents of the training pictures, scaled to unit variance."""
@@ -185,14 +168,14 @@ class _TeacherRun:
 
     def _train_unet(self, data: core.LatentSet) -> None:
         section = self.section
-        network = self._parallel(self.model)
+        network = self.parallel(self.model)
         empty_ids = self._tokens([""])[0]
         while self.step < self.total:
             batch = core.sample_batch(
                 data,
                 self.schedule,
-                self._rng("unet"),
-                batch_size=self._share(section.unet_batch_size),
+                self.rng("unet"),
+                batch_size=self.share(section.unet_batch_size),
                 caption_dropout=section.caption_dropout,
                 empty_ids=empty_ids,
                 timestep_power=section.timestep_power,
@@ -205,7 +188,7 @@ class _TeacherRun:
                 total=section.unet_steps,
                 warmup=section.lr_warmup_steps,
             )
-            self._update(
+            self.update(
                 lambda batch=batch: core.denoiser_loss(network, batch, self.schedule),
                 self.optimizer,
                 self.model.parameters(),
@@ -213,45 +196,11 @@ class _TeacherRun:
                 label="UNet",
             )
             self.ema.update_parameters(self.model)  # before the step may be saved
-            self._after_step("UNet")
+            self.after_step("UNet")
 
-    # ------------------------------------------------------------------ one step and its state
+    # ------------------------------------------------------------------ its state and its result
 
-    def _update(self, loss_fn, optimizer, parameters, *, lr: float, label: str) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        # On a CPU the fused attention's backward pass is slow for 16 to 24 tokens: it took a fifth
-        # of a step.
-        on_cpu = self.device.type == "cpu"
-        attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
-        autocast = torch.autocast(
-            self.device.type,
-            dtype=torch.bfloat16,
-            enabled=self.section.mixed_precision == "bf16",
-        )
-        with attention, autocast:
-            loss = loss_fn()
-        if not math.isfinite(float(loss)):
-            raise FloatingPointError(f"{label} loss is {float(loss)} at step {self.step}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, self.section.max_grad_norm)
-        optimizer.step()
-        self.step += 1
-        self.losses.append(float(loss))
-
-    def _after_step(self, label: str) -> None:
-        if self.rank == 0 and self.board is not None and self.throttle.ready():
-            self.board.set.remote(done=self.step, network=label, loss=self.losses[-1])
-        if self.step % self.section.logging_steps == 0:
-            mean = float(np.mean(self.losses))
-            self.losses.clear()
-            self.log.append({"step": self.step, f"loss_{label.lower()}": mean})
-        at_end = self.step in (self.section.vae_steps, self.total)
-        if self.rank == 0 and (self.step % self.section.checkpointing_steps == 0 or at_end):
-            self._save()
-
-    def _save(self) -> None:
+    def stored(self) -> tuple[dict[str, Any], dict[str, Any]]:
         parts = {
             "vae": dict(self.vae.state_dict()),
             "model": dict(self.model.state_dict()),
@@ -259,24 +208,15 @@ class _TeacherRun:
             "vae_optimizer": pack_optimizer(self.vae_optimizer),
             "optimizer": pack_optimizer(self.optimizer),
         }
-        self.log.flush()
-        state = {"scaling_factor": self.vae.config.scaling_factor}
-        save_checkpoint(
-            self.store.fs, self._checkpoints, Checkpoint(self.step, parts, state), alone=True
-        )
-        prune_checkpoints(self.store.fs, self._checkpoints, keep=2)
+        return parts, {"scaling_factor": self.vae.config.scaling_factor}
 
-    def _restore(self) -> None:
-        found = load_checkpoint(self.store.fs, self._checkpoints)
-        if found is None:
-            return
+    def take(self, found: Checkpoint) -> None:
         self.vae.load_state_dict(found.parts["vae"])
         self.model.load_state_dict(found.parts["model"])
         self.ema.load_state_dict(found.parts["ema"])
         unpack_optimizer(self.vae_optimizer, found.parts["vae_optimizer"])
         unpack_optimizer(self.optimizer, found.parts["optimizer"])
         self.vae.register_to_config(scaling_factor=found.state["scaling_factor"])
-        self.step = found.step
 
     def _write_pipeline(self) -> None:
         averaged: Any = self.ema.module
@@ -297,25 +237,10 @@ class _TeacherRun:
         config = Path(self.section.output) / "text_encoder" / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}))
 
-    # ------------------------------------------------------------------ small helpers
-
-    @property
-    def _checkpoints(self) -> str:
-        return self.store.path("teacher_checkpoints")
-
-    def _rng(self, stage: str) -> np.random.Generator:
-        return np.random.default_rng(stable_seed(self.seed, stage, self.step, self.rank))
-
-    def _share(self, global_batch: int) -> int:
-        return max(1, global_batch // self.world)
-
     def _tokens(self, captions: list[str]) -> torch.Tensor:
         return self.pipeline.tokenizer(
             captions, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
-
-    def _parallel(self, network: nn.Module) -> nn.Module:
-        return DistributedDataParallel(network) if self.world > 1 else network
 
 
 def _read_vocabulary(folder: str) -> Vocabulary:

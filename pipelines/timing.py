@@ -1,6 +1,6 @@
 """Station 9: seconds and joules per picture, as a user of the two pipelines would see them.
 
-One picture at a time through `StableDiffusionPipeline.__call__`: prompt encoding, network
+One picture at a time through the pipeline's own `__call__`: prompt encoding, network
 evaluations and decoding. The one place in the library that reads the wall clock, because here it
 is the instrument.
 """
@@ -15,6 +15,13 @@ import torch
 
 from dmd_core.noise import sample_noise
 from dmd_core.ode import make_scheduler
+from dmd_core.plain_call import (
+    call_arguments,
+    family_of_pipeline,
+    student_guidance,
+    with_latents,
+)
+from dmd_core.teacher import Teacher, load_teacher
 from pipelines.systems import STUDENT, TEACHER, Networks, SamplingPlan, load_plainly
 from pipelines.workers import set_threads
 
@@ -104,35 +111,61 @@ def nvml_counter(device: str) -> Callable[[], float] | str:
 
 def _picture_makers(plan: SamplingPlan, local: Networks) -> dict[str, Callable[[str], Any]]:
     """System → a call that makes one picture of a prompt."""
-    teacher = load_plainly(local.teacher, local.device)
-    teacher.scheduler = make_scheduler(plan.solver, teacher.scheduler.config)
-    teacher.safety_checker = None  # the student has none; neither may pay for one
-    student = load_plainly(local.student, local.device)
-    factor, own = teacher.vae_scale_factor, teacher.unet.config.sample_size
-    size = {
-        "height": plan.height or own * factor,
-        "width": plan.width or own * factor,
-    }
-    shape = (teacher.unet.config.in_channels, size["height"] // factor, size["width"] // factor)
+    teacher = load_teacher(local.teacher, device=local.device, size=(plan.height, plan.width))
+    shape = teacher.latent_shape(*teacher.size)
     latents = sample_noise([plan.seed], shape, torch.float16).float().to(local.device)
-
-    def make(pipeline: Any, steps: int, guidance_scale: float) -> Callable[[str], Any]:
-        def call(prompt: str) -> Any:
-            return pipeline(
-                prompt,
-                negative_prompt=plan.negative_prompt if guidance_scale > 1 else None,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                latents=latents,
-                output_type="np",  # on the CPU, so a GPU has finished when the call returns
-                **size,
-            ).images
-
-        return call
-
+    student = with_latents(load_plainly(local.student, local.device))
     steps = {TEACHER: plan.steps} | plan.few()
-    makers = {name: make(teacher, n, plan.guidance_scale) for name, n in steps.items()}
-    return makers | {STUDENT: make(student, plan.student_steps, 0.0)}
+    if teacher.family.on_pixels:  # no pipeline of diffusers guides these, or takes our solver
+        makers = {name: _solved(teacher, plan, latents, n) for name, n in steps.items()}
+    else:
+        whole = _sampling_pipeline(teacher, plan)
+        guidance: dict[str, Any] = {"guidance_scale": plan.guidance_scale}
+        if plan.guidance_scale > 1:
+            guidance["negative_prompt"] = [plan.negative_prompt]  # as the prompts: a list
+        makers = {name: _called(teacher, whole, latents, n, guidance) for name, n in steps.items()}
+    told = family_of_pipeline(student)
+    guided = {"guidance_scale": student_guidance(told)} if told.takes("guidance_scale") else {}
+    return makers | {STUDENT: _called(teacher, student, latents, plan.student_steps, guided)}
+
+
+def _sampling_pipeline(teacher: Teacher, plan: SamplingPlan) -> Any:
+    pipeline = teacher.pipeline
+    tokens = teacher.geometry.image_tokens(teacher.latent_shape(*teacher.size))
+    pipeline.scheduler = make_scheduler(plan.solver, pipeline.scheduler.config, tokens)
+    return pipeline
+
+
+def _solved(
+    teacher: Teacher, plan: SamplingPlan, latents: torch.Tensor, steps: int
+) -> Callable[[str], Any]:
+    """One picture by our own integration."""
+
+    def call(prompt: str) -> Any:
+        samples = teacher.solve(
+            latents, [prompt],
+            solver=plan.solver, steps=steps,
+            guidance_scale=plan.guidance_scale, negative_prompt=plan.negative_prompt,
+        )  # fmt: skip
+        return teacher.decode(samples)
+
+    return call
+
+
+def _called(
+    teacher: Teacher, pipeline: Any, latents: torch.Tensor, steps: int, guidance: dict[str, Any]
+) -> Callable[[str], Any]:
+    """One picture by the pipeline as its user calls it."""
+    family = family_of_pipeline(pipeline)
+
+    def call(prompt: str) -> Any:
+        labels = teacher.encode_prompts([prompt]).labels if family.on_pixels else None
+        arguments = call_arguments(family, [prompt], labels, latents, teacher.size)
+        # On the CPU, so a GPU has finished when the call returns.
+        arguments |= {"num_inference_steps": steps, "output_type": "np"}
+        return pipeline(**arguments, **guidance).images
+
+    return call
 
 
 def _device_name(device: str) -> str:

@@ -11,6 +11,7 @@ from pipelines.beside_settings import EvaluationSection
 from pipelines.config import MixedPrecision, NotNegative, Positive, Rate, Section
 from pipelines.health_settings import HealthSection, check_health
 from pipelines.parallel_settings import ParallelSection, WorkerRange
+from pipelines.placement import GroupPlacementSection
 from pipelines.trackers import TrackerName, tracker_names
 
 RegressionLoss = Literal["l1", "l2", "huber", "lpips", "st-lpips"]
@@ -174,6 +175,7 @@ class TrainSection(StageKeys):
     parallel: ParallelSection = ParallelSection()
     use_gpu: bool = False
     cpus_per_worker: float = Field(default=1, ge=0)
+    placement: GroupPlacementSection = GroupPlacementSection()
     threads_per_worker: Positive | None = Field(
         default=None, description="torch threads; empty: all cores"
     )

@@ -16,6 +16,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 
+from pipelines.placement import GroupPlacementSection
 from pipelines.storage import Store
 
 T = TypeVar("T")
@@ -62,6 +63,7 @@ def run_worker_group(
     cpus_per_worker: float,
     use_gpu: bool,
     max_failures: int,
+    placement: GroupPlacementSection | None = None,
     validation: ValidationConfig | None = None,
 ) -> None:
     """Run `loop(config)` on every worker until it returns; raises when it cannot be finished.
@@ -78,6 +80,7 @@ def run_worker_group(
             use_gpu=use_gpu,
             resources_per_worker=resources,
             elastic_resize_monitor_interval_s=_RESIZE_CHECK_S,
+            **(placement or GroupPlacementSection()).options(),
         ),
         run_config=RunConfig(
             name=uuid.uuid4().hex[:12],

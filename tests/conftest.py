@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,13 @@ import pytest
 
 from tests.s3_servers import ACCESS_KEY, SECRET_KEY, new_bucket, seaweedfs
 
+# Copies of remote teachers; removed when the session ends.
+_CACHE = tempfile.TemporaryDirectory(prefix="dmd-test-cache-")
+
 # Before Ray is imported anywhere: its workers inherit this environment, and with it the
 # credentials of the S3 servers below.
 _ENVIRONMENT = {
+    "HF_HOME": _CACHE.name,
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",

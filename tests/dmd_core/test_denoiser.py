@@ -7,7 +7,8 @@ from diffusers import DDIMScheduler, EDMEulerScheduler, UNet2DConditionModel, UN
 from torch import nn
 
 from dmd_core.condition import Condition
-from dmd_core.denoiser import DiffusersNetwork, GuidedDenoiser, NetworkDenoiser
+from dmd_core.denoiser import GuidedDenoiser, NetworkDenoiser
+from dmd_core.diffusers_networks import DiffusersNetwork
 from dmd_core.schedule import Schedule
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -8,7 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-from dmd_core.denoiser import DiffusersNetwork, NetworkDenoiser
+from dmd_core.denoiser import NetworkDenoiser
+from dmd_core.diffusers_networks import DiffusersNetwork
 from dmd_core.export import export_student, student_scheduler
 from dmd_core.lora import LoraSettings, add_lora
 from dmd_core.noise import sample_noise

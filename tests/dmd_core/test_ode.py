@@ -105,7 +105,7 @@ def test_stochastic_or_unknown_solvers_are_refused():
             DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
             ["flow_euler"],
         ),
-        (EDMEulerScheduler(), ["edm_euler", "edm_dpmsolver++"]),
+        (EDMEulerScheduler(), ["edm_heun", "edm_euler", "edm_dpmsolver++"]),
     ],
 )
 @pytest.mark.parametrize("named", [True, False])
@@ -159,7 +159,7 @@ def test_stochastic_and_early_ending_settings_of_the_teacher_are_overruled():
     assert make_scheduler("flow_euler", flow).config.stochastic_sampling is False
     edm = EDMEulerScheduler(final_sigmas_type="sigma_min").config
     for solver, config in [("dpmsolver++", vp), ("unipc", vp), ("euler", vp), ("edm_euler", edm),
-                           ("edm_dpmsolver++", edm)]:  # fmt: skip
+                           ("edm_heun", edm), ("edm_dpmsolver++", edm)]:  # fmt: skip
         scheduler = make_scheduler(solver, config)
         scheduler.set_timesteps(10)
         assert scheduler.sigmas[-1] == 0

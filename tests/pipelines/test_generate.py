@@ -27,7 +27,7 @@ from pipelines.pairs import fingerprint_of
 from pipelines.progress import ProgressBoard
 from pipelines.prompts import PromptSource
 from pipelines.storage import open_store
-from pipelines.teacher_actor import teacher_folder
+from pipelines.teacher_source import local_teacher
 from tests.conftest import CAPTIONS
 from tests.pipelines.made_pairs import FINGERPRINT, write_file
 
@@ -54,8 +54,8 @@ class Job:
     def order(self, captions, section=SECTION):
         path = self.tmp_path / "prompts.txt"
         path.write_text("\n".join(captions))
-        with teacher_folder(self.teacher, self.storage) as folder:
-            fingerprint = fingerprint_of(section, teacher_revision(folder))
+        folder = local_teacher(self.teacher, self.storage)
+        fingerprint = fingerprint_of(section, teacher_revision(folder))
         return PairOrder(
             section, PromptSource((str(path),)), self.teacher, fingerprint, self.storage, self.root
         )

@@ -1,6 +1,7 @@
 """The worker's part alone, without Ray."""
 
 import json
+import shutil
 
 import pyarrow as pa
 import pytest
@@ -265,3 +266,12 @@ def test_a_teacher_on_s3_is_the_same_teacher(make_actor, s3_store, s3_options, t
     s3_store.fs.put(tiny_teacher_dir, s3_store.path("teacher"), recursive=True)
     remote = make_actor(teacher_url=f"{s3_store.url}/teacher", storage=s3_options)
     assert remote(rows(4)).equals(make_actor()(rows(4)))
+
+
+def test_the_revision_is_of_what_is_read_and_of_nothing_beside_it(tiny_teacher_dir, tmp_path):
+    copy = shutil.copytree(tiny_teacher_dir, tmp_path / "copy")
+    (copy / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"the same weights as a pickle")
+    assert teacher_revision(str(copy)) == teacher_revision(tiny_teacher_dir)
+    config = copy / "unet" / "config.json"
+    config.write_text(config.read_text() + " ")
+    assert teacher_revision(str(copy)) != teacher_revision(tiny_teacher_dir)

@@ -1,0 +1,109 @@
+"""Pictures ↔ what the networks see: a VAE's scaled latents, or the pixels themselves.
+
+Also the shapes of both, from configurations alone, so that a recipe can be checked without
+weights.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dmd_core.diffusers_networks import token_patch
+from dmd_core.teacher_training import pictures_to_tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """`channels` of a sample, of which one pixel is `factor` × `factor` of the picture; `own`
+    (height, width) in pixels is what the teacher was trained at. `patch`: samples' pixels per side
+    of a network's token."""
+
+    channels: int
+    factor: int
+    own: tuple[int, int]
+    patch: int = 1
+
+    def shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """(C,h,w) of a height × width picture in pixels; None: the teacher's own. Raises
+        ValueError."""
+        step = self.factor * self.patch
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and value % step:
+                raise ValueError(f"{name} is {value}; expected a multiple of {step}")
+        own_height, own_width = self.own
+        return (
+            self.channels,
+            (height or own_height) // self.factor,
+            (width or own_width) // self.factor,
+        )
+
+    def pixels(self, shape: tuple[int, ...] | torch.Size) -> tuple[int, int]:
+        """Height and width in pixels of samples (…,h,w)."""
+        return shape[-2] * self.factor, shape[-1] * self.factor
+
+    def image_tokens(self, shape: tuple[int, ...] | torch.Size) -> int:
+        """Patches of samples (…,h,w): what a resolution-dependent noise schedule goes by."""
+        return (shape[-2] // self.patch) * (shape[-1] // self.patch)
+
+
+def geometry(
+    class_name: str, model: Mapping[str, Any], vae: Mapping[str, Any] | None, size: int | None
+) -> Geometry:
+    """From the configuration of the network (of class `class_name`) and of the VAE (None: it works
+    on pixels). `size`: the side of a sample where the network's configuration is not to say it."""
+    factor = 1 if vae is None else 2 ** (len(vae["block_out_channels"]) - 1)
+    side = size or model["sample_size"]
+    height, width = side if isinstance(side, (tuple, list)) else (side, side)
+    patch = token_patch(class_name, model)
+    packed = 4 if class_name == "FluxTransformer2DModel" else 1
+    own = height * factor, width * factor
+    return Geometry(model["in_channels"] // packed, factor, own, patch)
+
+
+# ------------------------------------------------------------------ values
+
+
+def to_latents(vae: Any, z: torch.Tensor) -> torch.Tensor:
+    """The VAE's own z (B,C,h,w) as the denoising network sees it, about unit variance."""
+    mean, std = _statistics(vae, z)
+    return (z - mean) * (vae.config.scaling_factor / std)
+
+
+def from_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """Inverse of `to_latents`, as the pipelines write it before they decode."""
+    mean, std = _statistics(vae, latents)
+    return latents * std / vae.config.scaling_factor + mean
+
+
+def _statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+    """(shift, spread): SD 3's and FLUX's `shift_factor`, or a mean and deviation per channel."""
+    mean, std = (getattr(vae.config, f"latents_{name}", None) for name in ("mean", "std"))
+    if mean is None or std is None:
+        return getattr(vae.config, "shift_factor", None) or 0.0, 1.0
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(like) for values in (mean, std))
+    return mean, std
+
+
+@torch.no_grad()
+def encode_pictures(vae: Any, pictures: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """Pictures (B,H,W,3) uint8 → samples (B,C,h,w) float32: the posterior's mean, scaled; without
+    a VAE the pixels in [−1, 1]."""
+    pixels = pictures_to_tensor(pictures).to(device)
+    if vae is None:
+        return pixels
+    return to_latents(vae, vae.encode(pixels).latent_dist.mean.float())
+
+
+@torch.no_grad()
+def decode_samples(
+    vae: Any, samples: torch.Tensor, device: torch.device | str | None = None
+) -> np.ndarray:
+    """Samples (B,C,h,w) → pictures (B,H,W,3) uint8."""
+    pictures = samples.float() if device is None else samples.float().to(device)
+    if vae is not None:
+        pictures = vae.decode(from_latents(vae, pictures), return_dict=False)[0]
+    pictures = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+    return pictures.permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,199 @@
+"""`dmd doctor` on the work itself: teacher, prompts, memory of the networks, the label."""
+
+import json
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from dmd_core.latents import geometry
+from dmd_core.pass_memory import PassMemory, UnknownNetworkError, pass_memory
+from dmd_core.prediction_check import UNTRAINED, check_prediction, has_readings
+from dmd_core.teacher import load_teacher
+from jobs.doctor_checks import Check, one_line
+from jobs.plans import size_in_words
+from jobs.session import Session
+from jobs.teacher_here import pair_source
+from pipelines.memory_plan import (
+    GIB,
+    GPUS,
+    MemoryPlan,
+    NetworkSizes,
+    Passes,
+    checkpoint_bytes,
+    fitting_change,
+    sampling_memory,
+    training_memory,
+)
+from pipelines.prompt_files import PromptError, list_files, read_rows
+from pipelines.train_config import TrainSection
+from pipelines.weights import Weights, denoiser_of, pipeline_weights
+
+_ROWS = 1000  # of the first prompt file that are read
+_LARGE = 100_000_000  # parameters; a few evaluations of more take minutes without a GPU
+
+
+def prompts(session: Session) -> Check:
+    section = session.recipe.pairs
+    try:
+        files = list_files(pair_source(section), session.recipe.storage)
+        rows = sum(1 for _ in islice(read_rows(files[0], section.prompt_column), _ROWS))
+    except (PromptError, OSError) as error:
+        return Check("prompts", "fail", one_line(error), "correct pairs.prompts")
+    if not rows:
+        return Check("prompts", "fail", f"{files[0].name}: no prompts", "correct pairs.prompts")
+    more = " or more" if rows == _ROWS else ""
+    found = f"{len(files)} files; {rows}{more} rows in {files[0].name}"
+    return Check("prompts", "ok", found)
+
+
+class TeacherChecks:
+    """Of a teacher's local `folder`, which has been found whole."""
+
+    def __init__(self, session: Session, folder: str) -> None:
+        self._session, self._folder = session, Path(folder)
+        self._weights = pipeline_weights(folder)
+        self._denoiser: Weights = denoiser_of(self._weights)
+        self._passes: Passes = cache(self._play_through)
+
+    @property
+    def checkpoint_space(self) -> int:
+        """Bytes of the checkpoints that a training keeps at once."""
+        section = self._session.recipe.train
+        return checkpoint_bytes(self._sizes(section), section) * (
+            section.checkpoints_total_limit + 1
+        )
+
+    # ------------------------------------------------------------------ memory
+
+    def memory(self) -> list[Check]:
+        """Training and teachers against usual GPUs, those of this machine, or its RAM."""
+        recipe = self._session.recipe
+        plan = self._training(recipe.train)
+        sampling = sampling_memory(self._sizes(recipe.train), recipe.pairs, self._passes)
+        return [
+            self._training_check(plan),
+            self._here(
+                "memory: training here", plan, recipe.train.use_gpu, 1, recipe.train.most_workers
+            ),
+            self._here(
+                "memory: teachers here", sampling, recipe.pairs.gpus_per_actor > 0,
+                _share(recipe.pairs.gpus_per_actor), recipe.pairs.most_actors,
+            ),
+        ]  # fmt: skip
+
+    def _training_check(self, plan: MemoryPlan) -> Check:
+        """One line: which GPUs it fits as it is, and with which changes the others."""
+        section = self._session.recipe.train
+        fits = [name for name, gib in GPUS.items() if plan.fits(gib)]
+        found = f"about {size_in_words(plan.total)} per worker ({_largest(plan)}): fits "
+        found += f"a GPU of {', '.join(fits)}" if fits else "none of " + ", ".join(GPUS)
+        if not plan.complete:
+            found += "; what passes hold is not known for this network and comes on top"
+        advice = []
+        for name, gib in GPUS.items():
+            if name not in fits:
+                change = fitting_change(section, gib, self._training)
+                words = change.in_words() if change else "nothing that is known here"
+                advice.append(f"{name}: {words}")
+        return Check("memory: training", "ok" if fits else "warn", found, "; ".join(advice))
+
+    def _here(
+        self, name: str, plan: MemoryPlan, on_gpu: bool, per_gpu: int, processes: int
+    ) -> Check:
+        """`per_gpu` processes share a GPU; without GPUs all of them share the RAM."""
+        if on_gpu and not torch.cuda.is_available():
+            return Check(name, "skip", "no GPU here to compare with")
+        if on_gpu:
+            room, count = torch.cuda.get_device_properties(0).total_memory, per_gpu
+        else:
+            room, count = psutil.virtual_memory().total, processes
+        need = count * plan.total
+        found = f"{count} × {size_in_words(plan.total)} of {size_in_words(room)}"
+        if need <= room:
+            return Check(name, "ok", found)
+        return Check(name, "fail", found, "fewer or smaller workers; see memory: training")
+
+    def _training(self, section: TrainSection) -> MemoryPlan:
+        return training_memory(self._sizes(section), section, self._passes)
+
+    def _sizes(self, section: TrainSection) -> NetworkSizes:
+        return NetworkSizes.of(self._weights, self._denoiser, section)
+
+    def _play_through(self, bf16: bool, checkpointing: bool) -> PassMemory | None:
+        config = self._config(self._denoiser.part)
+        try:
+            return pass_memory(
+                config["_class_name"], config, self._shape(config),
+                bf16=bf16, checkpointing=checkpointing,
+            )  # fmt: skip
+        except UnknownNetworkError:
+            return None
+
+    def _shape(self, config: dict[str, Any]) -> tuple[int, ...]:
+        """(C,h,w) of the samples that the recipe asks for."""
+        pairs, name = self._session.recipe.pairs, config["_class_name"]
+        has_vae = any(part.part == "vae" for part in self._weights)
+        vae = self._config("vae") if has_vae else None
+        # FLUX's configuration names no size; its pipeline's own is 1024 pixels.
+        size = None if config.get("sample_size") else 128
+        return geometry(name, config, vae, size).shape(pairs.height, pairs.width)
+
+    def _config(self, part: str) -> dict[str, Any]:
+        return json.loads((self._folder / part / "config.json").read_text())
+
+    # ------------------------------------------------------------------ the label
+
+    def label(self, *, deep: bool) -> Check:
+        """Does the network predict what the scheduler's prediction_type says?"""
+        name, on_gpu = "prediction type", torch.cuda.is_available()
+        size = self._denoiser.parameters
+        if size > _LARGE and not on_gpu and not deep:
+            found = f"{size / 1e6:.0f} M parameters and no GPU: minutes of work"
+            return Check(name, "skip", found, "--deep asks the network all the same")
+        teacher = load_teacher(str(self._folder), device="cuda" if on_gpu else "cpu")
+        if not has_readings(teacher.schedule):
+            found = f"{teacher.schedule.prediction_type}: cannot be read otherwise"
+            return Check(name, "ok", found)
+        verdict = check_prediction(teacher, self._some_prompts())
+        errors = ", ".join(f"{key} {value:.2f}" for key, value in verdict.errors.items())
+        found = f"labelled {verdict.labelled}; error under each reading: {errors}"
+        if verdict.mislabelled:
+            return Check(
+                name, "fail", f"{found}: it predicts {verdict.best}",
+                f"set prediction_type: {verdict.best} in scheduler/scheduler_config.json",
+            )  # fmt: skip
+        if not verdict.trained:
+            advice = f"no reading denoises (expected below {UNTRAINED}): is this teacher trained?"
+            return Check(name, "warn", found, advice)
+        return Check(name, "ok", found)
+
+    def _some_prompts(self) -> list[str]:
+        section = self._session.recipe.pairs
+        file = list_files(pair_source(section), self._session.recipe.storage)[0]
+        return [row.prompt for row in islice(read_rows(file, section.prompt_column), 8)]
+
+
+def teacher_checks(session: Session, *, deep: bool) -> tuple[list[Check], int]:
+    """All checks of the teacher, and the bytes of a training's checkpoints (0: not known)."""
+    try:
+        folder = session.teacher_dir
+        checks = TeacherChecks(session, folder)
+    except (ValueError, OSError) as error:  # TeacherError and WeightsError are ValueErrors
+        return [Check("teacher", "fail", one_line(error), "correct teacher.path")], 0
+    index = json.loads((Path(folder) / "model_index.json").read_text())
+    found = [Check("teacher", "ok", f"{index['_class_name']} in {folder}, every part is there")]
+    return [*found, *checks.memory(), checks.label(deep=deep)], checks.checkpoint_space
+
+
+def _largest(plan: MemoryPlan, count: int = 4) -> str:
+    parts = sorted(plan.parts.items(), key=lambda part: -part[1])[:count]
+    return ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts)
+
+
+def _share(gpus: float) -> int:
+    """Processes on one GPU."""
+    return max(1, int(1 / gpus)) if gpus else 1

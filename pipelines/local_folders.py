@@ -1,0 +1,70 @@
+"""Folders that a machine makes once and keeps: copies of remote ones, conversions, other views.
+
+They lie in the user's Hugging Face cache (HF_HOME, under assets/one-step-dmd), where its tools find
+and delete them. The name of a folder is a digest of what it was made from, so none is ever stale.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import cached_assets_path, constants
+from huggingface_hub.utils import WeakFileLock
+
+from dmd_core.files import is_local
+from pipelines.storage import Store
+
+LIBRARY = "one-step-dmd"
+
+
+def made_once(kind: str, inputs: Any, make: Callable[[Path], None]) -> str:
+    """The folder of these `inputs` (JSON), made by `make(target)` if this machine has none yet.
+
+    Of several processes one makes it and the others wait. One that is killed leaves nothing that
+    could be taken for a finished folder.
+    """
+    text = json.dumps(inputs, sort_keys=True)
+    name = hashlib.sha256(text.encode()).hexdigest()[:32]
+    root = cached_assets_path(LIBRARY, kind, assets_dir=constants.HF_ASSETS_CACHE)
+    target, part = root / name, root / f"{name}.part"
+    with WeakFileLock(root / f"{name}.lock"):
+        if not target.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            make(part)
+            os.rename(part, target)
+    return str(target)
+
+
+def nearby(store: Store) -> str:
+    """The local path of a folder or a file: itself, or this machine's copy of a remote one.
+
+    The copy belongs to what the store holds now, by sizes and ETags: when that changes, so does
+    the copy. Raises `FileNotFoundError`.
+    """
+    if is_local(store.fs):
+        if not store.fs.exists(store.root):
+            raise FileNotFoundError(store.root)
+        return store.root
+    found = store.fs.find(store.root, detail=True)
+    if not found:
+        raise FileNotFoundError(store.url)
+    listing = {
+        path.removeprefix(store.root).lstrip("/"): [info["size"], info.get("ETag")]
+        for path, info in found.items()
+    }
+    if list(listing) == [""]:  # a single object
+        name = store.root.rsplit("/", 1)[-1]
+        folder = made_once(
+            "copies", [store.url, listing], lambda to: store.fs.get_file(store.root, str(to / name))
+        )
+        return str(Path(folder) / name)
+    return made_once(
+        "copies",
+        [store.url, listing],
+        lambda to: store.fs.get(store.root + "/", str(to), recursive=True),
+    )

@@ -1,0 +1,254 @@
+"""Do the networks of a run fit a GPU? Added up beforehand, without loading one.
+
+Weights, optimizers and averages are exact from the parameter counts. What passes hold is found by
+playing the true network through without memory (`dmd_core.pass_memory`); the work space of
+convolutions and an allocator's waste are not in that, so the whole is an estimate, some tenths off
+at worst. Not in it: the VAE while it decodes pictures, and a perceptual loss.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from dmd_core.pass_memory import PassMemory
+from pipelines.config import PairsSection
+from pipelines.train_config import StageKeys, TrainSection
+from pipelines.weights import Weights
+
+GIB = 2**30
+# What a process has of a card that is sold as so many GB.
+GPUS: dict[str, float] = {"24 GB": 22.0, "40 GB": 39.0, "80 GB": 79.0, "141 GB": 139.0}
+_CONTEXT = GIB  # CUDA, its kernels, libraries
+_WASTE = 0.05  # of what passes hold
+_FLOAT, _ADAM, _BF16 = 4, 8, 2  # bytes per parameter
+
+# (mixed precision?, gradient checkpointing?) → what a pass holds; None: not known
+Passes = Callable[[bool, bool], PassMemory | None]
+
+
+@dataclass(frozen=True)
+class NetworkSizes:
+    """Parameters: `denoiser` of the network that is distilled (and copied twice), `others` of VAE
+    and text encoders, `adapters` of the LoRA that the recipe asks for, `block` of the largest
+    block that is sharded as a whole."""
+
+    denoiser: int
+    others: int
+    adapters: int
+    block: int
+
+    @staticmethod
+    def of(weights: Iterable[Weights], denoiser: Weights, section: TrainSection) -> "NetworkSizes":
+        return NetworkSizes(
+            denoiser.parameters,
+            sum(part.parameters for part in weights if part is not denoiser),
+            denoiser.adapters(section.lora_rank, section.lora_targets),
+            max(_blocks(denoiser).values()),
+        )
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the device of one worker, by what they are for. `complete` is False where what
+    passes hold is not known."""
+
+    parts: dict[str, int]
+    complete: bool
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def fits(self, gib: float) -> bool:
+        return self.total <= gib * GIB
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings that need less memory: keys of the `train` section → value."""
+
+    settings: dict[str, Any]
+
+    def apply(self, section: TrainSection) -> TrainSection:
+        own = {key: value for key, value in self.settings.items() if "." not in key}
+        parallel = {
+            key.removeprefix("parallel."): value
+            for key, value in self.settings.items()
+            if key.startswith("parallel.")
+        }
+        own["parallel"] = section.parallel.model_copy(update=parallel)
+        return section.model_copy(update=own)
+
+    def in_words(self) -> str:
+        return ", ".join(f"train.{key}: {_yaml(value)}" for key, value in self.settings.items())
+
+
+# ---------------------------------------------------------------- training
+
+
+def training_memory(sizes: NetworkSizes, section: TrainSection, passes: Passes) -> MemoryPlan:
+    """Of one worker of the smallest group that the recipe allows."""
+    workers, parallel = _workers(section), section.parallel
+    trained = sizes.adapters if section.trainable == "lora" else sizes.denoiser
+    student = _sharing(parallel.generator, workers)
+    fake = _sharing(parallel.fake, workers)
+    parts = {
+        "teacher": _teacher(sizes, section, workers),
+        "text encoders, VAE": _FLOAT * sizes.others,
+        "student": _FLOAT * sizes.denoiser / student + _gathered(sizes, student),
+        "student's AdamW": _ADAM * trained / student,
+        "fake score": _FLOAT * sizes.denoiser / fake + _gathered(sizes, fake),
+        "fake score's AdamW": _ADAM * sizes.denoiser / fake,
+        "CUDA": _CONTEXT,
+    }
+    if section.trainable == "lora":
+        parts["student"] += _FLOAT * sizes.adapters / student
+    if section.ema_halflife_samples:
+        parts["student's average"] = _FLOAT * trained / student
+    if workers > 1:
+        buckets = trained * (student == 1) + sizes.denoiser * (fake == 1)
+        parts["DDP's gradient buckets"] = _FLOAT * buckets
+    memory = passes(section.mixed_precision == "bf16", parallel.gradient_checkpointing)
+    if memory is not None:
+        busiest = max(
+            _stage_passes(sizes, section, keys, memory, workers) for _, keys in section.plan()
+        )
+        parts["gradients and passes"] = busiest * (1 + _WASTE)
+    return MemoryPlan({name: round(size) for name, size in parts.items()}, memory is not None)
+
+
+def samples_at_once(section: TrainSection, keys: StageKeys) -> tuple[int, int]:
+    """(fresh, paired) samples in one pass of a worker of the smallest group."""
+    paired = keys.regression_batch_size if keys.needs_pairs else 0
+    workers, micro = _workers(section), section.micro_batch_size
+    own = [-(-batch // workers) for batch in (keys.train_batch_size, paired)]
+    fresh, pairs = own if micro is None else [-(-n // -(-n // micro)) if n else 0 for n in own]
+    return fresh, pairs
+
+
+def _stage_passes(
+    sizes: NetworkSizes,
+    section: TrainSection,
+    keys: StageKeys,
+    memory: PassMemory,
+    workers: int,
+) -> float:
+    """The larger of the generator's update and the fake score's; gradients are in it."""
+    fresh, paired = samples_at_once(section, keys)
+    scored = fresh + paired * keys.pairs_in_dm
+    judging = keys.gan_weight > 0
+    student = _sharing(section.parallel.generator, workers)
+    fake = _sharing(section.parallel.fake, workers)
+    trained = sizes.adapters if section.trainable == "lora" else sizes.denoiser
+
+    held = memory.held_by(fresh + paired)
+    cast = _BF16 * sizes.denoiser if section.mixed_precision == "bf16" else 0
+    scores = max(memory.frozen_of(2 * scored), memory.frozen_of(scored) + cast)
+    judged = memory.held_by(fresh) if judging else 0.0
+    # Of a pass's peak, the gradients of a whole network in float32 are a part.
+    elsewhere = _FLOAT * (sizes.denoiser - trained / student)
+    generator = max(held + scores, held + judged, memory.peak_of(fresh + paired) - elsewhere)
+    seen = scored + (3 if keys.r1_weight else 2) * fresh * judging
+    elsewhere = _FLOAT * sizes.denoiser * (1 - 1 / fake)
+    return max(generator, memory.held_by(seen), memory.peak_of(seen) - elsewhere)
+
+
+def _teacher(sizes: NetworkSizes, section: TrainSection, workers: int) -> float:
+    placement = section.parallel.teacher
+    if placement == "replicated":
+        return _FLOAT * sizes.denoiser
+    share = 0.0 if placement == "offload" else _FLOAT * sizes.denoiser / workers
+    return share + 2 * _FLOAT * sizes.block
+
+
+def _gathered(sizes: NetworkSizes, sharing: int) -> float:
+    """Blocks that are whole for a moment: the one at work and the next."""
+    return 2 * _FLOAT * sizes.block if sharing > 1 else 0.0
+
+
+def _sharing(strategy: str, workers: int) -> int:
+    return workers if strategy == "fsdp" else 1
+
+
+def _workers(section: TrainSection) -> int:
+    size = section.group_size
+    return size if isinstance(size, int) else size[0]
+
+
+def _blocks(denoiser: Weights) -> dict[str, int]:
+    """Parameters of each part that is sharded as a whole: entries of lists, the rest by name."""
+    found: dict[str, int] = {}
+    one = {name: Weights("", {name: shape}) for name, shape in denoiser.shapes.items()}
+    for name, weight in one.items():
+        first, *rest = name.split(".")
+        key = f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
+        found[key] = found.get(key, 0) + weight.parameters
+    return found
+
+
+# ---------------------------------------------------------------- what would make it fit
+
+
+def fitting_change(
+    section: TrainSection, gib: float, plan_of: Callable[[TrainSection], MemoryPlan]
+) -> Change | None:
+    """The least that makes a run fit: as few changes as possible, earlier ones of `_changes`
+    first. None: nothing here does."""
+    candidates = _changes(section)
+    for count in range(1, len(candidates) + 1):
+        for chosen in combinations(candidates, count):
+            change = Change({key: value for one in chosen for key, value in one.items()})
+            if len(change.settings) < sum(map(len, chosen)):
+                continue  # two values of one key
+            if plan_of(change.apply(section)).fits(gib):
+                return change
+    return None
+
+
+def _changes(section: TrainSection) -> list[dict[str, Any]]:
+    """What costs least comes first."""
+    parallel, workers = section.parallel, _workers(section)
+    changes: list[dict[str, Any]] = []
+    if section.mixed_precision == "no":
+        changes.append({"mixed_precision": "bf16"})
+    most = max(max(samples_at_once(section, keys)) for _, keys in section.plan())
+    sizes = [size for size in (16, 4, 1) if size < most]
+    changes += [{"micro_batch_size": size} for size in sizes]
+    if not parallel.gradient_checkpointing:
+        changes.append({"parallel.gradient_checkpointing": True})
+    if workers > 1 and "ddp" in (parallel.generator, parallel.fake):
+        changes.append({"parallel.generator": "fsdp", "parallel.fake": "fsdp"})
+    if parallel.teacher != "offload":
+        changes.append({"parallel.teacher": "offload"})
+    if section.trainable == "full":
+        changes.append({"trainable": "lora"})
+    return changes
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# ---------------------------------------------------------------- sampling, checkpoints
+
+
+def sampling_memory(sizes: NetworkSizes, section: PairsSection, passes: Passes) -> MemoryPlan:
+    """Of one teacher of `dmd pairs`."""
+    parts = {
+        "teacher": float(_FLOAT * sizes.denoiser),
+        "text encoders, VAE": float(_FLOAT * sizes.others),
+        "CUDA": float(_CONTEXT),
+    }
+    memory = passes(section.compute_dtype == "bfloat16", False)
+    if memory is not None:
+        rows = section.batch_size * (2 if section.guidance_scale > 1 else 1)
+        parts["passes"] = memory.frozen_of(rows) * (1 + _WASTE)
+    return MemoryPlan({name: round(size) for name, size in parts.items()}, memory is not None)
+
+
+def checkpoint_bytes(sizes: NetworkSizes, section: TrainSection) -> int:
+    """Of one checkpoint on the store: trained weights, both optimizers, the moving average."""
+    trained = sizes.adapters if section.trainable == "lora" else sizes.denoiser
+    average = trained if section.ema_halflife_samples else 0
+    return (_FLOAT + _ADAM) * (trained + sizes.denoiser) + _FLOAT * average

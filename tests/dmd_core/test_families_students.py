@@ -1,0 +1,310 @@
+"""A student of every family: distilled for three steps, exported, loaded by plain diffusers, and
+its pictures are those of the student in memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+
+from dmd_core.condition import Condition
+from dmd_core.export import LORA_FOLDER, check_exportable, export_student
+from dmd_core.lora import LoraSettings
+from dmd_core.networks import DmdNetworks, TrainerSettings
+from dmd_core.parallel import Parallel, World, whole
+from dmd_core.plain_call import (
+    call_arguments,
+    family_of_pipeline,
+    samples_of,
+    student_guidance,
+    with_latents,
+)
+from dmd_core.step_types import (
+    LossSettings,
+    PairedPart,
+    Pictures,
+    StepData,
+    StepNoise,
+    Unpaired,
+)
+from dmd_core.student_schedulers import student_scheduler
+from dmd_core.teacher import Teacher
+from dmd_core.trainer import DmdTrainer, StageSettings
+from tests.dmd_core.family_calls import (
+    PIXELS,
+    PROMPTS,
+    Families,
+    call_by_hand,
+    noise,
+    plain,
+    shared_families,
+)
+
+ONE, FOUR = None, (999, 749, 499, 249)
+DMD, DMD2 = LossSettings(), LossSettings(reg=0.0, gan=5e-3)
+# (family, student's times, losses)
+OFTEN = [
+    ("sdxl", FOUR, DMD2), ("sd3", ONE, DMD), ("sd3", FOUR, DMD2), ("flux", ONE, DMD2),
+    ("pixart", ONE, DMD2), ("edm", ONE, DMD2), ("ddpm", FOUR, DMD2), ("unconditional", FOUR, DMD),
+]  # fmt: skip
+REST = [
+    ("sd v", ONE, DMD), ("sd v", FOUR, DMD2), ("sd", (399,), DMD2), ("sd", ONE, DMD2),
+    ("sdxl", ONE, DMD), ("sdxl", ONE, DMD2), ("sdxl", FOUR, DMD), ("edm", ONE, DMD),
+    ("sd3", ONE, DMD2), ("sd3", FOUR, DMD),
+    ("sd3 dynamic", FOUR, DMD2), ("sd3 without t5", ONE, DMD2),
+    ("flux", ONE, DMD), ("flux", FOUR, DMD2), ("flux schnell", ONE, DMD),
+    ("flux schnell", FOUR, DMD2), ("pixart", ONE, DMD), ("pixart", FOUR, DMD2),
+    ("ddpm", ONE, DMD), ("unconditional", ONE, DMD2),
+]  # fmt: skip
+TRAINED = [*OFTEN, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
+
+
+@pytest.fixture(scope="module")
+def families() -> Families:
+    return shared_families()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _distil(
+    teacher: Teacher, settings: TrainerSettings, losses: LossSettings, guidance: float = 1.0
+) -> DmdNetworks:
+    """Three steps on random numbers, each of another of the student's steps."""
+    shape = teacher.latent_shape(*teacher.size)
+    networks = DmdNetworks(teacher, settings, World(), shape)
+    uncond = Condition() if guidance == 1.0 else teacher.encode_negatives([""])
+    trainer = DmdTrainer(networks, uncond)
+    trainer.enter_stage(
+        StageSettings(
+            losses, guidance_scale=guidance, learning_rate=1e-3, fake_learning_rate=1e-3,
+            batch_size=2, regression_batch_size=2 if losses.reg else 0, gan_fake=1e-2, r1=0.1,
+        )
+    )  # fmt: skip
+    torch.manual_seed(1)
+    for step in range(3):
+        data = _data(teacher, shape, step % len(networks.timesteps), losses)
+        means = trainer.step(data).means()
+        assert {f"loss_{name}" for name in ("dm", "reg", "gan") if getattr(losses, name)} <= set(
+            means
+        )
+    assert trainer.nonfinite_updates == 0
+    return networks
+
+
+def _data(teacher: Teacher, shape: tuple[int, ...], step: int, losses: LossSettings) -> StepData:
+    cond = teacher.encode_prompts(PROMPTS)
+
+    def eps() -> torch.Tensor:
+        return torch.randn(2, *shape)
+
+    drawn = StepNoise(
+        z=tuple(eps() for _ in range(step + 1)), eps_dm=eps(), u_dm=torch.rand(2),
+        eps_fake=eps(), u_fake=torch.rand(2), eps_gan=eps(), u_gan=torch.rand(2),
+    )  # fmt: skip
+    pictures = paired = None
+    if losses.gan:
+        pictures = Pictures(eps(), cond, eps(), torch.rand(2), eps(), torch.rand(2), eps())
+    if losses.reg:
+        paired = PairedPart(eps(), eps(), cond)
+    return StepData((Unpaired(cond, drawn, pictures, step),) * 2, paired)
+
+
+def _export(teacher: Teacher, networks: DmdNetworks, target: Path, lora=None) -> str:
+    weights = {name: p.detach() for name, p in networks.weights.items()}
+    if lora is None:
+        weights = networks.generator.state_dict()
+    export_student(
+        teacher, weights, str(target), timesteps=networks.timesteps, card={"step": 3},
+        dtype=torch.float32, lora=lora,
+    )  # fmt: skip
+    return str(target)
+
+
+def _renoised(name: str, eps: torch.Tensor, steps: int) -> tuple[list[torch.Tensor], dict]:
+    """ε of every step, and what makes the pipeline draw the same: schedulers of flow models use
+    torch's own generator, the others the one they are given."""
+    own = torch.Generator().manual_seed(0)
+    torch.randn(eps.shape, generator=own)  # as DDPM's pipeline draws ε with it
+    again = own if name == "unconditional" else torch.Generator().manual_seed(3)
+    flow = name.startswith(("sd3", "flux"))
+    packed = FluxPipeline._pack_latents(eps, *eps.shape).shape
+    shape = packed if name.startswith("flux") else eps.shape
+    drawn = [torch.randn(shape, generator=again) for _ in range(steps - 1)]
+    if name.startswith("flux"):
+        drawn = [FluxPipeline._unpack_latents(z, *eps.shape[2:], 1) for z in drawn]
+    noises = [eps, *drawn]
+    if flow:
+        torch.manual_seed(3)
+        return noises, {}
+    return noises, {"generator": torch.Generator().manual_seed(3)}
+
+
+@pytest.mark.parametrize(
+    ("name", "times", "losses"),
+    TRAINED,
+    ids=[f"{n}-{len(t or (0,))}-{'dmd2' if lo.gan else 'dmd'}" for n, t, lo in [*OFTEN, *REST]],
+)
+def test_exported_student_equals_the_student_in_memory(families, tmp_path, name, times, losses):
+    teacher = families.teacher(name)
+    guidance = 3.0 if name in ("sdxl", "sd3", "flux", "edm") else 1.0
+    settings = TrainerSettings(timesteps=times, discriminator=losses.gan > 0)
+    networks = _distil(teacher, settings, losses, guidance)
+    eps, cond = noise(teacher), teacher.encode_prompts(PROMPTS)
+    steps = len(networks.timesteps)
+    noises, generator = _renoised(name, eps, steps)
+    expected = networks.student.sample(noises, cond)
+    before = _sample_of_teacher(teacher, networks, noises, cond)
+    assert (expected - before).abs().max() > 1e-2  # it learned something
+
+    pipeline = plain(_export(teacher, networks, tmp_path / "student"))
+    assert type(pipeline) is type(teacher.pipeline)
+    arguments = {} if name in PIXELS or name == "flux" else {"guidance_scale": 0.0}
+    if name != "unconditional":
+        arguments |= generator
+    found = call_by_hand(name, pipeline, eps, steps, **arguments)
+    expected = expected.clamp(-1, 1) if name in PIXELS else expected
+    difference = float((found - expected).abs().max())
+    print(f"{name} {steps}: {difference:.1e}")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def _sample_of_teacher(teacher, networks, noises, cond) -> torch.Tensor:
+    trained = {name: w.detach().clone() for name, w in networks.generator.state_dict().items()}
+    networks.generator.load_state_dict(teacher.model.state_dict())
+    try:
+        return networks.student.sample(noises, cond)
+    finally:
+        networks.generator.load_state_dict(trained)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(n, marks=pytest.mark.slow) for n in ("sd v", "sdxl", "flux")), "sd3"],
+)
+def test_adapters_alone_and_fused(families, tmp_path, name):
+    lora = LoraSettings(rank=2, alpha=4)
+    teacher = families.teacher(name)
+    networks = _distil(teacher, TrainerSettings(lora=lora), DMD)
+    eps = noise(teacher)
+    with torch.no_grad():
+        expected = networks.student(eps, teacher.encode_prompts(PROMPTS))
+    folder = _export(teacher, networks, tmp_path / "student", lora)
+    arguments = {} if name == "flux" else {"guidance_scale": 0.0}
+    fused = plain(folder)
+    found = call_by_hand(name, fused, eps, 1, **arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    alone = plain(families.folder(name))
+    alone.scheduler = fused.scheduler
+    bare = call_by_hand(name, alone, eps, 1, **arguments)
+    alone.load_lora_weights(f"{folder}/{LORA_FOLDER}")
+    found = call_by_hand(name, alone, eps, 1, **arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (bare - expected).abs().max() > 1e-3
+
+
+def test_a_few_step_edm_student_is_trained_but_not_exported(families):
+    teacher = families.teacher("edm")
+    _distil(teacher, TrainerSettings(timesteps=FOUR), DMD)
+    config = dict(teacher.pipeline.scheduler.config)
+    with pytest.raises(ValueError, match="no scheduler that re-noises with EDM's preconditioning"):
+        check_exportable(teacher.schedule, config, FOUR, teacher.family)
+    check_exportable(teacher.schedule, config, None, teacher.family)
+
+
+@pytest.mark.parametrize(
+    ("name", "times", "what"),
+    [
+        ("sd3", (999, 700, 100), "evenly spaced times such as"),
+        ("flux", (399,), "evenly spaced times such as"),
+        ("sd3", (1000,), "the teacher's schedule has the times 0 to 999"),
+    ],
+)
+def test_times_that_no_scheduler_has_are_refused(families, name, times, what):
+    teacher = families.teacher(name)
+    config = dict(teacher.pipeline.scheduler.config)
+    with pytest.raises(ValueError, match=what):
+        check_exportable(teacher.schedule, config, times, teacher.family, 16)
+
+
+def test_ddim_s_pipeline_takes_one_step_only(families):
+    from dmd_core.families import FAMILIES
+
+    teacher = families.teacher("unconditional")
+    config, family = dict(teacher.pipeline.scheduler.config), FAMILIES["DDIMPipeline"]
+    check_exportable(teacher.schedule, config, (999,), family)
+    with pytest.raises(ValueError, match="runs DDIM whatever its folder says"):
+        check_exportable(teacher.schedule, config, FOUR, family)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("times", [(999,), (999, 499), (999, 666, 332), FOUR])
+def test_flow_schedulers_have_the_student_s_times_as_their_default(shift, times):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config = dict(FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=0.1).config)
+    scheduler = student_scheduler(config, times)
+    scheduler.set_timesteps(len(times))
+    sigma = torch.tensor([1 - k / len(times) for k in range(len(times))])
+    sigma = shift * sigma / (1 + (shift - 1) * sigma)
+    torch.testing.assert_close(scheduler.sigmas[:-1], sigma, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scheduler.timesteps, 1000 * sigma, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["sd3", "edm"])
+def test_a_sharded_run_starts_as_an_unsharded_one(families, name):
+    teacher = families.teacher(name)
+    shape = teacher.latent_shape(*teacher.size)
+    unsharded = DmdNetworks(teacher, TrainerSettings(discriminator=True), World(), shape)
+    parallel = Parallel(generator="fsdp", fake="fsdp")
+    settings = TrainerSettings(discriminator=True, parallel=parallel)
+    sharded = DmdNetworks(teacher, settings, World(), shape)
+    for part in ("generator", "fake", "head"):
+        expected, found = unsharded.parts()[part], sharded.parts()[part]
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            assert torch.equal(whole(found[key]), value), key
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "pixart", "edm"])
+def test_score_and_logits_of_one_pass_are_those_of_two(families, name):
+    """Where only a part of the rows runs to the end, that changes nothing."""
+    teacher, x = families.teacher(name), noise(families.teacher(name))
+    shape = tuple(x.shape[1:])
+    networks = DmdNetworks(teacher, TrainerSettings(discriminator=True), World(), shape)
+    cond, t, ran = teacher.encode_prompts(PROMPTS), torch.tensor([100, 700]), []
+    first, second = (x, t, cond), (x.flip(0), t, cond.rows(slice(None)))
+    fake = networks.fake_frozen
+    last = getattr(networks.fake, "conv_out", getattr(networks.fake, "proj_out", None))
+    hook = last.register_forward_hook(lambda module, args, output: ran.append(len(output)))
+    with torch.no_grad():
+        score, logits = fake.score_and_judge(first, second)
+        torch.testing.assert_close(score, fake(*first), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, fake.judge(*second), rtol=1e-4, atol=1e-4)
+    hook.remove()
+    assert logits.shape == (2,) and logits.std() > 0
+    assert ran[0] == (4 if name in ("flux", "pixart") else 2)
+
+
+@pytest.mark.parametrize("name", ["flux", "pixart", "edm", "unconditional"])
+def test_our_plain_call_is_the_one_by_hand(families, name):
+    pipeline = plain(families.folder(name))
+    teacher, eps = families.teacher(name), noise(families.teacher(name))
+    if name == "unconditional":
+        from diffusers import DDIMScheduler
+
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    own, family = with_latents(pipeline), family_of_pipeline(with_latents(pipeline))
+    labels = teacher.encode_prompts(PROMPTS).labels
+    arguments = call_arguments(family, PROMPTS, labels, eps, teacher.size)
+    if family.takes("guidance_scale"):
+        arguments["guidance_scale"] = student_guidance(family)
+    found = samples_of(family, own, eps.shape, num_inference_steps=2, **arguments)
+    given = {"guidance_scale": 0.0} if name == "pixart" else {}
+    expected = call_by_hand(name, pipeline, eps, 2, **given)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

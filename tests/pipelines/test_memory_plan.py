@@ -1,0 +1,201 @@
+"""The memory plan: exact where it counts, near the truth where it estimates."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dmd_core.miniature import MiniatureSize, build_unet
+from dmd_core.pass_memory import PassMemory, UnknownNetworkError, pass_memory
+from dmd_core.teacher import load_teacher
+from pipelines.config import PairsSection
+from pipelines.memory_plan import (
+    GIB,
+    Change,
+    NetworkSizes,
+    checkpoint_bytes,
+    fitting_change,
+    sampling_memory,
+    training_memory,
+)
+from pipelines.train_config import TrainSection
+from pipelines.weights import WeightsError, denoiser_of, pipeline_weights
+
+# Stable Diffusion 1.5 in round figures; a pass holds 1 GiB per sample beside 3 GiB of gradients.
+SIZES = NetworkSizes(denoiser=860_000_000, others=206_000_000, adapters=12_000_000, block=10**8)
+PASS = PassMemory(held=(2 * GIB, 9 * GIB), peak=(4 * GIB, 10 * GIB), frozen=(GIB // 4, GIB))
+CHECKPOINTED = PassMemory(held=(GIB, 2 * GIB), peak=(4 * GIB, 5 * GIB), frozen=(GIB // 4, GIB))
+
+
+def passes(bf16: bool, checkpointing: bool) -> PassMemory:
+    return CHECKPOINTED if checkpointing else PASS
+
+
+def section(**settings) -> TrainSection:
+    return TrainSection.model_validate({"mixed_precision": "bf16", "lambda_reg": 0} | settings)
+
+
+def total(**settings) -> float:
+    return training_memory(SIZES, section(**settings), passes).total / GIB
+
+
+# ------------------------------------------------------------------ counting
+
+
+def test_headers_tell_what_loading_would(tiny_teacher_dir):
+    teacher = load_teacher(tiny_teacher_dir)
+    weights = {part.part: part for part in pipeline_weights(tiny_teacher_dir)}
+    for name in ("unet", "vae", "text_encoder"):
+        loaded = getattr(teacher.pipeline, name)
+        # Buffers that are saved (position ids) are tensors of the file, too.
+        assert weights[name].parameters == sum(p.numel() for p in loaded.parameters())
+    assert denoiser_of(list(weights.values())) is weights["unet"]
+
+
+def test_a_network_cut_into_files_is_one_network(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({"_class_name": "X", "unet": ["diffusers", "Y"], "safety_checker": [None, None]})
+    )
+    for index, name in enumerate(("a.weight", "b.weight")):
+        save_file(
+            {name: torch.zeros(3, 4 + index)}, tmp_path / "unet" / f"part-{index}.safetensors"
+        )
+    stale = tmp_path / "unet" / "other.safetensors"
+    save_file({"c": torch.zeros(1000)}, stale)
+    weight_map = {"a.weight": "part-0.safetensors", "b.weight": "part-1.safetensors"}
+    index = tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    (unet,) = pipeline_weights(str(tmp_path))
+    assert unet.parameters == 12 + 15
+    (tmp_path / "unet" / "part-1.safetensors").write_bytes(b"torn")
+    with pytest.raises(WeightsError, match=r"part-1\.safetensors"):
+        pipeline_weights(str(tmp_path))
+
+
+def test_adapters_are_counted_as_peft_makes_them(tiny_teacher_dir):
+    from dmd_core.lora import LoraSettings, add_lora
+
+    unet = load_teacher(tiny_teacher_dir).pipeline.unet
+    settings = LoraSettings(rank=4, alpha=4)
+    counted = denoiser_of(pipeline_weights(tiny_teacher_dir)).adapters(4, settings.targets)
+    add_lora(unet, settings, 0)
+    assert counted == sum(p.numel() for p in unet.parameters() if p.requires_grad) > 0
+
+
+# ------------------------------------------------------------------ passes
+
+
+def _saved_bytes(unet, samples: int) -> int:
+    """What a true forward pass keeps for its backward pass, parameters apart."""
+    own = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        x, t = torch.randn(samples, 4, 8, 8), torch.zeros(samples, dtype=torch.long)
+        unet(x, t, encoder_hidden_states=torch.randn(samples, 24, 192)).sample.sum()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_what_a_pass_holds_is_what_a_true_one_holds():
+    torch.manual_seed(0)
+    unet = build_unet(MiniatureSize()).train()
+    plan = pass_memory("UNet2DConditionModel", unet.config, (4, 8, 8), text_tokens=24)
+    for samples in (1, 8):
+        assert plan.held_by(samples) == pytest.approx(_saved_bytes(unet, samples), rel=0.1)
+    assert plan.peak_of(1) >= 4 * sum(p.numel() for p in unet.parameters())
+
+
+@pytest.mark.slow
+def test_bfloat16_checkpointing_and_no_gradient_each_need_less():
+    config = build_unet(MiniatureSize()).config
+    shape = (4, 8, 8)
+    plain = pass_memory("UNet2DConditionModel", config, shape)
+    mixed = pass_memory("UNet2DConditionModel", config, shape, bf16=True)
+    checkpointed = pass_memory("UNet2DConditionModel", config, shape, checkpointing=True)
+    per_sample = [(p.held[1] - p.held[0]) / 7 for p in (plain, mixed, checkpointed)]
+    assert per_sample[1] < 0.8 * per_sample[0] and per_sample[2] < 0.4 * per_sample[0]
+    assert plain.frozen[1] < 0.5 * plain.peak[1]
+
+
+def test_a_network_that_is_not_driven_says_so():
+    for name in ("AutoencoderKL", "os", "NoSuchModel"):
+        with pytest.raises(UnknownNetworkError, match=name):
+            pass_memory(name, {}, (3, 8, 8))
+
+
+# ------------------------------------------------------------------ adding up
+
+
+def test_every_float32_weight_and_moment_is_in_the_sum():
+    plan = training_memory(SIZES, section(train_batch_size=1), passes)
+    parts = plan.parts
+    assert parts["teacher"] == parts["student"] == parts["fake score"] == 4 * SIZES.denoiser
+    assert parts["student's AdamW"] == parts["fake score's AdamW"] == 8 * SIZES.denoiser
+    assert parts["text encoders, VAE"] == 4 * SIZES.others
+    assert parts["gradients and passes"] == pytest.approx(1.05 * 4 * GIB)
+    assert plan.total == sum(parts.values()) and plan.complete
+
+
+def test_each_setting_that_saves_memory_saves_it():
+    base = total(train_batch_size=32)
+    assert total(train_batch_size=32, micro_batch_size=4) < base - 15
+    assert total(train_batch_size=32, parallel={"gradient_checkpointing": True}) < base - 15
+    assert total(train_batch_size=32, parallel={"teacher": "offload"}) < base - 2
+    assert total(train_batch_size=32, trainable="lora") < base - 5
+    assert total(train_batch_size=32, ema_halflife_samples=1000) == pytest.approx(base + 3.2, 0.01)
+    assert total(train_batch_size=32, num_workers=4) < base  # fewer samples each
+    four = {"train_batch_size": 4, "num_workers": 4}
+    sharded = total(**four, parallel={"generator": "fsdp", "fake": "fsdp", "teacher": "sharded"})
+    assert sharded < total(**four) - 15
+
+
+def test_an_elastic_group_is_planned_at_its_smallest():
+    elastic = total(train_batch_size=32, num_workers={"min": 2, "max": 8})
+    assert elastic == total(train_batch_size=32, num_workers=2)
+
+
+def test_a_gan_and_pairs_need_more():
+    base = total(train_batch_size=8)
+    assert total(train_batch_size=8, gan_weight=1e-3, real_pictures="emoji") > base + 5
+    assert total(train_batch_size=8, lambda_reg=1.0, regression_batch_size=8) > base + 5
+
+
+def test_what_is_not_known_is_said():
+    plan = training_memory(SIZES, section(), lambda bf16, checkpointing: None)
+    assert not plan.complete and "gradients and passes" not in plan.parts
+
+
+def test_the_change_that_makes_it_fit_is_small_and_true():
+    asked = section(train_batch_size=32)
+
+    def plan_of(changed):
+        return training_memory(SIZES, changed, passes)
+
+    assert not plan_of(asked).fits(39)
+    change = fitting_change(asked, 39, plan_of)
+    assert change is not None and len(change.settings) == 1
+    assert plan_of(change.apply(asked)).fits(39)
+    assert change.in_words() == "train.micro_batch_size: 4"
+    harder = fitting_change(asked, 22, plan_of)
+    assert harder is not None and plan_of(harder.apply(asked)).fits(22)
+    assert fitting_change(asked, 5, plan_of) is None
+    words = Change({"micro_batch_size": 1, "parallel.gradient_checkpointing": True}).in_words()
+    assert words == "train.micro_batch_size: 1, train.parallel.gradient_checkpointing: true"
+    both = Change({"parallel.teacher": "offload", "micro_batch_size": 2}).apply(asked)
+    assert both.parallel.teacher == "offload" and both.micro_batch_size == 2
+
+
+def test_teachers_and_checkpoints():
+    plan = sampling_memory(SIZES, PairsSection(batch_size=4, rows_per_block=8), passes)
+    assert plan.parts["passes"] == pytest.approx(1.05 * GIB)  # 8 rows: guidance doubles them
+    assert checkpoint_bytes(SIZES, section()) == 24 * SIZES.denoiser
+    lora = section(trainable="lora", ema_halflife_samples=10)
+    assert checkpoint_bytes(SIZES, lora) == 12 * SIZES.denoiser + 16 * SIZES.adapters
