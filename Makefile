@@ -11,7 +11,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (some minutes)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--constraint constraints.txt --editable '.[dev,train-teacher,eval,lora]'
+		--constraint constraints.txt --editable '.[dev,train-teacher,eval,lora,cluster]'
 	@touch $@
 
 demo: install

@@ -6,8 +6,9 @@ import importlib
 import json
 import sys
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from cluster.secrets import without_user_info
 from jobs.errors import Exit, JobError
 
 VERBS = {
@@ -21,9 +22,25 @@ VERBS = {
     "evaluate": "measure the student against its teacher on held-out prompts",
     "report": "write one self-contained report.html",
     "train-teacher": "train the miniature Stable Diffusion from captioned emoji pictures",
+    "data": "fetch a public data set through its package and check every byte (cifar10)",
+    "pipeline": "regenerate, train, export, evaluate, report as one job; skips what is finished",
+    "doctor": "check this machine, the store, the cluster and the teacher before money is spent",
+    "submit": "run a verb as a job of a Ray cluster and follow it as if it were local",
+    "attach": "follow a submitted job again, after the terminal or the connection was lost",
+    "jobs": "the jobs of a Ray cluster: state, age, progress",
+    "logs": "print what a job of a Ray cluster has said",
+    "stop": "stop a job of a Ray cluster",
+    "cluster": "start, show and stop a Ray cluster of several nodes on this machine",
 }
 
-_OWN_ARGUMENTS = ("inspect", "schedule", "train", "export")
+_OWN_ARGUMENTS = (
+    "inspect", "schedule", "train", "export", "pipeline", "doctor", "data",
+    "submit", "attach", "jobs", "logs", "stop", "cluster",
+)  # fmt: skip
+# These work on a cluster, not on a run: no recipe is read for them.
+_WITHOUT_RECIPE = ("data", "submit", "attach", "jobs", "logs", "stop", "cluster")
+# What follows is the command line of another verb, which it checks itself.
+_PASSES_ON = ("submit",)
 _PACKAGES = ("jobs", "pipelines", "dmd_core", "cluster")
 _STORE_CLIENTS = ("botocore", "aiohttp")
 # What s3fs makes of a store's 500. Its cause does not travel back from a worker.
@@ -46,9 +63,11 @@ exit codes: 0 done or nothing to do, 1 a bug, 2 usage or configuration, 3 refuse
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    options = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
+    options = _options(sys.argv[1:] if arguments is None else arguments)
     default = "emoji" if options.verb == "train-teacher" else "demo"
     try:
+        if options.verb in _WITHOUT_RECIPE:
+            return _run_without_recipe(options)
         return _run(options, options.config or default)
     except JobError as error:
         if options.json and error.result is not None:
@@ -86,6 +105,18 @@ def _run(options: argparse.Namespace, config: str) -> int:
             raise
         except store_errors() as error:
             _raise_in_words(error, session.recipe.storage.endpoint_url)
+    return _show(result, options)
+
+
+def _run_without_recipe(options: argparse.Namespace) -> int:
+    from jobs.display import Display
+
+    module = _module(options.verb)
+    act = module.plan if options.dry_run else module.run
+    return _show(act(options, Display(quiet=options.json)), options)
+
+
+def _show(result: dict[str, Any], options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(result, indent=2))
     elif options.dry_run:
@@ -96,6 +127,16 @@ def _run(options: argparse.Namespace, config: str) -> int:
 
 def _module(verb: str) -> ModuleType:
     return importlib.import_module(f"jobs.{verb.replace('-', '_')}")
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    """The parsed command line; `rest` is what a verb that passes it on did not know itself."""
+    parser = _parser(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.verb not in _PASSES_ON:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
+    return options
 
 
 def _parser(arguments: list[str]) -> argparse.ArgumentParser:
@@ -115,20 +156,10 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
             description=help_text,
             epilog=_EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=name not in _PASSES_ON,
         )
-        verb.add_argument(
-            "--config",
-            "--recipe",
-            metavar="YAML",
-            help="a recipe file, or the name of a shipped one",
-        )
-        verb.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="SECTION.KEY=VALUE",
-            help="override one setting; may be repeated",
-        )
+        if name not in _WITHOUT_RECIPE:
+            _add_recipe_arguments(verb)
         verb.add_argument("--dry-run", action="store_true", help="print the plan and stop")
         verb.add_argument(
             "--json", action="store_true", help="results as JSON on stdout, no display"
@@ -136,6 +167,22 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         if name in _OWN_ARGUMENTS and name in arguments:
             _module(name).add_arguments(verb)
     return parser
+
+
+def _add_recipe_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--config",
+        "--recipe",
+        metavar="YAML",
+        help="a recipe file, or the name of a shipped one",
+    )
+    verb.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override one setting; may be repeated",
+    )
 
 
 def _raise_in_words(error: Exception, endpoint_url: str | None) -> NoReturn:
@@ -160,7 +207,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _fail(message: str, code: Exit = Exit.REFUSED) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {without_user_info(message)}", file=sys.stderr)
     return code
 
 

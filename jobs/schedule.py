@@ -6,7 +6,6 @@ The table of schedules is a folder or a bucket prefix; any number of `dmd schedu
 
 import argparse
 import contextlib
-import io
 import os
 import re
 import time
@@ -20,6 +19,7 @@ from cluster.schedule import Entry, ScheduleError, check_entry, slots_after
 from cluster.submit import SecretError, SubmitError, job_environment, refuse_secrets
 from jobs.config import load_recipe
 from jobs.errors import Exit, JobError
+from jobs.job_door import parse_job, relative_folders
 from jobs.schedule_arguments import add_arguments
 from jobs.schedule_show import (
     json_event,
@@ -188,7 +188,7 @@ def _address(arguments: argparse.Namespace) -> str | None:
 
 def _new_entry(arguments: argparse.Namespace, table: ScheduleTable, now: datetime) -> Entry:
     verb, *rest = arguments.job
-    _check_job(verb, rest)
+    parse_job(verb, rest, done="scheduled")
     name, folder = arguments.name or verb, arguments.working_dir
     if folder is not None and "://" not in folder:
         folder = os.path.abspath(folder)
@@ -211,28 +211,6 @@ def _new_entry(arguments: argparse.Namespace, table: ScheduleTable, now: datetim
     except (ScheduleError, SecretError, SubmitError) as error:
         raise JobError(str(error), Exit.USAGE) from error
     return replace(entry, generation=table.next_generation(name))
-
-
-def _check_job(verb: str, rest: list[str]) -> None:
-    """Refuse now what would fail every night: an unknown verb or argument."""
-    from jobs.cli import VERBS
-
-    if verb not in VERBS or verb == "schedule":
-        known = ", ".join(name for name in VERBS if name != "schedule")
-        raise JobError(f"{verb!r} cannot be scheduled; expected one of {known}", Exit.USAGE)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
-            _parsed([verb, *rest])
-    except SystemExit as stop:
-        last = complaint.getvalue().strip().splitlines()[-1]
-        raise JobError(f"the job `{verb}` would not start: {last}", Exit.USAGE) from stop
-
-
-def _parsed(words: list[str]) -> argparse.Namespace:
-    from jobs.cli import _parser
-
-    return _parser(words).parse_args(words)
 
 
 def _seconds(text: str) -> float:
@@ -258,18 +236,12 @@ def _key(table: ScheduleTable, name: str) -> str | None:
 
 def _hints(entry: Entry) -> Iterator[str]:
     """What works here and would not on a cluster."""
-    options = _parsed([entry.verb, *entry.arguments])
+    options = parse_job(entry.verb, list(entry.arguments), done="scheduled")
     recipe = options.config or "demo"
     if entry.working_dir is None and recipe.endswith((".yaml", ".yml")):
         yield f"{recipe} must be found there on the cluster; --working-dir . sends this folder"
     with contextlib.suppress(JobError):  # a recipe that exists only there
-        settings = load_recipe(recipe, options.set)
-        for key, folder in (("run.dir", settings.run.dir), ("pairs.root", settings.pairs.root)):
-            if folder and not folder.startswith("/") and "://" not in folder:
-                yield (
-                    f"{key} is {folder!r}, a folder of one job on one machine; give s3://… or a "
-                    f"path that all machines share (--set {key}=…)"
-                )
+        yield from relative_folders(load_recipe(recipe, options.set))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
-"""Run by test_submit.py: a real Ray with a job server, a schedule, and one tiny job."""
+"""Run by test_submit.py beside a real job server: a schedule, and one tiny job."""
 
 import json
 import os
-import socket
-import sys
 import tempfile
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import ray
 from ray.job_submission import JobSubmissionClient
 
 from cluster.schedule import Entry
@@ -23,23 +20,7 @@ DUE = datetime(2026, 3, 1, 1, tzinfo=UTC)
 
 
 def main() -> None:
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = ray.init(
-        address="local",
-        num_cpus=2,
-        object_store_memory=100 << 20,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        dashboard_port=port,
-        log_to_driver=False,
-    )
-    try:
-        print(json.dumps(_schedule_once(f"http://{context.dashboard_url}")))
-    finally:
-        ray.shutdown()
+    print(json.dumps(_schedule_once(os.environ["RAY_API_SERVER_ADDRESS"])))
 
 
 def _schedule_once(address: str) -> dict:

@@ -3,9 +3,7 @@
 import json
 import os
 import shlex
-import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -20,60 +18,13 @@ from cluster.submit import (
     refuse_secrets,
     submit_job,
 )
-
-
-class JobServer(ThreadingHTTPServer):
-    """The four requests of Ray's job API that are used, with faults on demand."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.jobs: dict[str, dict] = {}
-        self.refuse_with: int | None = None
-        self.drop_reply = False
-        self.address = f"http://127.0.0.1:{self.server_port}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: JobServer
-
-    def do_GET(self) -> None:
-        if self.path == "/api/version":
-            self._answer(200, {"version": "4", "ray_version": "2.60.0", "ray_commit": "x"})
-        elif (job := self.server.jobs.get(self.path.rsplit("/", 1)[-1])) is not None:
-            status = {"type": "SUBMISSION", "status": "RUNNING", "entrypoint": job["entrypoint"]}
-            self._answer(200, status)
-        else:
-            self._answer(404, "job does not exist")
-
-    def do_POST(self) -> None:
-        job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.server.refuse_with:
-            self._answer(self.server.refuse_with, "no")
-        elif job["submission_id"] in self.server.jobs:
-            self._answer(400, "another id, please")
-        else:
-            self.server.jobs[job["submission_id"]] = job
-            if not self.server.drop_reply:
-                self._answer(200, {"job_id": None, "submission_id": job["submission_id"]})
-
-    def _answer(self, code: int, content: object) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
+from tests.cluster.fake_job_server import job_server
 
 
 @pytest.fixture
 def server():
-    server = JobServer()
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with job_server() as running:
+        yield running
 
 
 def test_the_entrypoint_is_one_verb_whose_arguments_no_shell_can_read_differently():
@@ -220,26 +171,22 @@ def test_a_working_directory_that_is_not_there_is_refused_for_good(tmp_path):
     assert job_environment("s3://bucket/code.zip", None) == {"working_dir": "s3://bucket/code.zip"}
 
 
-def _has_job_server() -> bool:
-    try:
-        import aiohttp_cors  # noqa: F401
-        import opentelemetry.exporter.prometheus  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not _has_job_server(), reason="needs ray[default]: pip install 'ray[default]'")
+@pytest.mark.cluster
 def test_a_real_job_server_runs_a_verb_once(tmp_path):
-    """In a process of its own: this session's Ray has no job server."""
+    """In a process of its own, where Ray's client finds the cluster's token."""
     import subprocess
     import sys
 
+    from cluster.local_cluster import local_cluster
+
     root = Path(__file__).parent.parent.parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     driver = [sys.executable, str(root / "tests" / "cluster" / "job_server_driver.py")]
-    done = subprocess.run(driver, env=environment, cwd=tmp_path, capture_output=True, timeout=300)
+    with local_cluster(nodes=2) as cluster:
+        environment = cluster.environment
+        environment["PYTHONPATH"] = os.pathsep.join([str(root), *sys.path])
+        done = subprocess.run(
+            driver, env=environment, cwd=tmp_path, capture_output=True, timeout=300
+        )
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == {
         "first": "submitted",

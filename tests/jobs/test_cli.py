@@ -273,16 +273,18 @@ def test_a_store_url_that_cannot_be_used_is_one_line(url, capfd):
     assert said.startswith("error: ") and said.count("\n") == 1 and "secret" not in said.split()
 
 
-def test_a_copied_teacher_goes_with_the_session(tiny_teacher_dir, s3_store, s3_endpoint, tmp_path):
+def test_a_remote_teacher_is_copied_once_and_a_local_one_is_used_where_it_lies(
+    tiny_teacher_dir, s3_store, s3_endpoint
+):
     s3_store.fs.put(tiny_teacher_dir, s3_store.path("teacher"), recursive=True)
     settings = [f"teacher.path={s3_store.url}/teacher", f"storage.endpoint_url={s3_endpoint}"]
-    with open_session("tiny", settings, quiet=True) as session:
-        folder = Path(session.teacher_dir)
-        assert (folder / "unet").is_dir()
-    assert not folder.exists()
+    folders = []
+    for _ in range(2):
+        with open_session("tiny", settings, quiet=True) as session:
+            folders.append(Path(session.teacher_dir))
+    assert folders[0] == folders[1] and (folders[0] / "unet").is_dir()
     with open_session("tiny", [f"teacher.path={tiny_teacher_dir}"], quiet=True) as session:
         assert session.teacher_dir == tiny_teacher_dir
-    assert (Path(tiny_teacher_dir) / "unet").is_dir()
 
 
 def test_an_unknown_key_is_a_usage_error(dmd):

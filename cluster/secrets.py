@@ -1,0 +1,98 @@
+"""What looks like a credential stays out of everything that is sent, saved or shown.
+
+Ray's job server returns entrypoint, runtime environment and metadata to anyone who asks, and logs
+them; a run folder keeps its recipe. Credentials belong to the machines: a role, a profile, a
+mounted secret.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+_WORDS = {"secret", "token", "password", "passwd", "credential", "credentials", "apikey"}
+_PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("account", "key")}
+_FILES = {"path", "file", "dir"}  # AWS_SHARED_CREDENTIALS_FILE: a place, not a credential
+_USER_INFO = re.compile(r"://[^/\s@]+@")
+_VALUES = (
+    re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{16}\b"),
+    re.compile(r"\b(hf_|ghp_|github_pat_|glpat-|sk-)[A-Za-z0-9_-]{16,}"),
+    re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    _USER_INFO,
+)
+_NAME = re.compile(r"-{0,2}[A-Za-z_][\w.-]{0,60}")  # of a setting: may be shown
+_SHORTEST = 12  # characters: below, a variable's value may be an ordinary word
+
+
+class SecretError(ValueError):
+    """Something that looks like a credential, on its way into a place that others can read."""
+
+
+def refuse_secrets(content: Any, place: str = "") -> None:
+    """Raise `SecretError` for a key that names a credential, a value that looks like one, or the
+    value of a variable of this environment that holds one. The error names the place alone."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            where = f"{place}.{key}" if place else str(key)
+            if _is_given(value) and names_secret(str(key)):
+                raise _error(where)
+            refuse_secrets(value, where)
+    elif isinstance(content, (list, tuple)):
+        for index, value in enumerate(content):
+            refuse_secrets(value, f"{place}[{index}]")
+    elif isinstance(content, str):
+        _refuse_text(content, place)
+
+
+def names_secret(key: str) -> bool:
+    """True for the name of something that is kept secret, such as `HF_TOKEN` or `access_key`."""
+    words = [word for word in re.split(r"[^a-z0-9]+", key.lower()) if word]
+    return bool(_WORDS & set(words) or _PAIRS & set(pairwise(words)))
+
+
+def without_user_info(text: str) -> str:
+    """`text` with user and password of every URL in it masked."""
+    return _USER_INFO.sub("://…@", text)
+
+
+def _refuse_text(text: str, place: str) -> None:
+    *keys, value = text.split("=")  # also --set=a.b=c
+    if text.startswith("--"):
+        keys, value = [*keys, text], value or "given next"
+    named = next(filter(names_secret, keys), None) if value else None
+    if named is None and not _is_secret(text):
+        return
+    key = (named or next(iter(keys), "")).strip().rsplit(maxsplit=1)[-1:]
+    shown = bool(key) and _NAME.fullmatch(key[0]) and not _is_secret(key[0])
+    raise _error(f"{key[0]} in {place}" if shown else place)
+
+
+def _is_secret(text: str) -> bool:
+    return any(pattern.search(text) for pattern in _VALUES) or any(
+        secret in text for secret in _environment_secrets()
+    )
+
+
+def _is_given(value: Any) -> bool:
+    return value not in ("", None)
+
+
+def _environment_secrets() -> list[str]:
+    """Values of the variables of this environment whose names say that they are secret."""
+    return [
+        value
+        for name, value in os.environ.items()
+        if len(value) >= _SHORTEST
+        and names_secret(name)
+        and name.lower().rsplit("_", 1)[-1] not in _FILES
+    ]
+
+
+def _error(place: str) -> SecretError:
+    return SecretError(
+        f"{place or 'the text'} looks like a credential. Recipes, arguments and runtime "
+        "environments are saved in run folders and shown by the job server to everyone who "
+        "reaches the cluster; give the cluster's machines a role, a profile or a mounted secret, "
+        "and keep credentials in the environment."
+    )

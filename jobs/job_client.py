@@ -1,0 +1,224 @@
+"""What `submit`, `attach`, `jobs`, `logs` and `stop` share: the job server, and a job followed."""
+
+import argparse
+import os
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.status import Status
+from rich.text import Text
+
+from cluster.follow import JobGoneError, follow, progress_title, without_old_progress
+from cluster.job_server import ClusterJob, JobServer, SubmitError
+from cluster.nodes import client_environment
+from cluster.record import default_folder, read_record
+from cluster.secrets import SecretError, refuse_secrets
+from jobs.display import Display
+from jobs.errors import Exit, JobError
+
+_ENTRYPOINT = "python -m jobs."
+_WEB = ("http://", "https://")
+_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+# What Ray writes into a job's log before the verb says anything.
+_OF_RAY = ("Running entrypoint for job ", " -- Runtime env is setting up.")
+_SIGNAL = 128  # a shell's exit code of a command that a signal ended: this and the signal's number
+
+# ------------------------------------------------------------------------ the job server
+
+
+def add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--address",
+        metavar="URL",
+        help="job server, as in http://head:8265 (default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, "
+        "or the cluster of `dmd cluster up`)",
+    )
+
+
+def find_address(given: str | None) -> str:
+    """The job server's URL: the given one, the environment's, the local cluster's. For the local
+    cluster, its token goes into this process's environment, where Ray's client looks for it."""
+    named = given or _of_environment()
+    local = read_record(default_folder())
+    if named is None and local is None:
+        raise JobError(
+            "no job server is named: give --address http://head:8265, set RAY_API_SERVER_ADDRESS, "
+            "or start a cluster on this machine with `dmd cluster up`",
+            Exit.USAGE,
+        )
+    address = _checked(given) if given else named
+    if local is not None and address in (None, local.url):
+        os.environ.update(client_environment(local.url, local.place.token))
+        return local.url
+    return str(address)
+
+
+def _of_environment() -> str | None:
+    values = (os.environ.get(name, "") for name in _ADDRESS_VARIABLES)
+    return next((value for value in values if value.startswith(_WEB)), None)
+
+
+def _checked(address: str) -> str:
+    """A given address, which others may read in the list of processes: without a password."""
+    try:
+        refuse_secrets(address, "--address")
+    except SecretError as error:
+        raise JobError(str(error), Exit.USAGE) from error
+    address = (address if "://" in address else f"http://{address}").rstrip("/")
+    if not address.startswith(_WEB):
+        raise JobError(
+            f"--address {address}: expected the job server's, as in http://head:8265", Exit.USAGE
+        )
+    return address
+
+
+@contextmanager
+def in_words() -> Iterator[None]:
+    """What the cluster refused or did not answer, as an error with its exit code."""
+    try:
+        yield
+    except (SubmitError, JobGoneError) as error:
+        raise JobError(str(error), Exit.TRANSIENT if error.transient else Exit.REFUSED) from error
+
+
+def open_server(options: argparse.Namespace) -> JobServer:
+    return JobServer(find_address(options.address))
+
+
+def is_ours(job: ClusterJob) -> bool:
+    return job.entrypoint.startswith(_ENTRYPOINT)
+
+
+def command_of(job: ClusterJob) -> str:
+    """`dmd submit pairs --config my.yaml` of the job's entrypoint."""
+    verb, *arguments = shlex.split(job.entrypoint.removeprefix(_ENTRYPOINT)) or [""]
+    return shlex.join(["dmd", "submit", verb.replace("_", "-"), *arguments])
+
+
+def verb_of(job: ClusterJob) -> str:
+    """The verb, or a foreign job's whole entrypoint."""
+    if not is_ours(job):
+        return job.entrypoint
+    return job.entrypoint.removeprefix(_ENTRYPOINT).split(" ")[0].replace("_", "-")
+
+
+def find_job(server: JobServer, submission_id: str) -> ClusterJob:
+    job = server.job(submission_id)
+    if job is None:
+        raise JobError(
+            f"the cluster at {server.shown} knows no job {submission_id}; `dmd jobs` lists them"
+        )
+    return job
+
+
+# ------------------------------------------------------------------------ a job followed
+
+
+class Shown:
+    """A job's log as if the verb ran here (cluster.follow.Listener): on a terminal, progress is one
+    live line. `past`: the job ran before, of whose progress only the last line is shown."""
+
+    def __init__(self, display: Display, *, past: bool) -> None:
+        self._display, self._past = display, past
+        self._console = display.console
+        self._live: Status | None = None
+
+    def __enter__(self) -> "Shown":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end_progress()
+
+    def state(self, job: ClusterJob) -> None:
+        if job.status == "PENDING":
+            self._display.say(f"{job.id} waits to be started")
+
+    def lines(self, lines: list[str]) -> None:
+        if self._past or self._console.is_terminal:
+            lines = without_old_progress(lines)
+        self._past = False
+        for line in lines:
+            if any(words in line for words in _OF_RAY):
+                continue
+            if self._console.is_terminal and progress_title(line):
+                self._update(line)
+            else:
+                self._end_progress()
+                self._console.print(Text.from_ansi(line), soft_wrap=True)
+
+    def lost(self, reason: str) -> None:
+        self._display.say(f"the connection is lost, the job goes on; trying again ({reason})")
+
+    def back(self) -> None:
+        self._display.say("the connection is back")
+
+    def _update(self, line: str) -> None:
+        if self._live is None:
+            self._live = self._console.status("")
+            self._live.start()
+        self._live.update(Text(line))
+
+    def _end_progress(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def follow_shown(
+    server: JobServer, submission_id: str, display: Display, *, past: bool
+) -> dict[str, Any]:
+    """Show the job until it has ended; returns the result for --json, or raises `JobError` with the
+    job's own exit code."""
+    try:
+        with Shown(display, past=past) as shown:
+            job = follow(server, submission_id, shown, sleep=pause)
+    except KeyboardInterrupt as error:
+        raise JobError(
+            f"{submission_id} goes on without this terminal; `dmd attach {submission_id}` follows "
+            f"it again, `dmd stop {submission_id}` ends it",
+            Exit.TRANSIENT,
+        ) from error
+    return result_of(server, job)
+
+
+def result_of(server: JobServer, job: ClusterJob) -> dict[str, Any]:
+    """Of an ended job: what --json shows, or `JobError` with its exit code."""
+    found = {
+        "id": job.id,
+        "address": server.shown,
+        "status": job.status,
+        "exit_code": job.exit_code,
+    }
+    if job.status == "SUCCEEDED":
+        return found
+    again = f"`{command_of(job)}` goes on from there" if is_ours(job) else "submit it again"
+    if job.status == "STOPPED":
+        message = f"{job.id} was stopped; what was done stays, and {again}"
+        raise JobError(message, Exit.TRANSIENT, result=found)
+    raise JobError(f"{job.id} failed: {_reason(job)}; {again}", exit_code(job), result=found)
+
+
+def exit_code(job: ClusterJob) -> Exit:
+    """The verb's own; 4 for a job that did not end by itself (a lost node, a signal)."""
+    code = job.exit_code
+    if code is None:
+        setup = job.error_type == "RUNTIME_ENV_SETUP_FAILURE"
+        return Exit.REFUSED if setup else Exit.TRANSIENT
+    if code < 0 or code > _SIGNAL:
+        return Exit.TRANSIENT
+    return Exit(code) if code in set(Exit) else Exit.BUG
+
+
+def _reason(job: ClusterJob) -> str:
+    if job.exit_code is None:
+        return " ".join(job.message.split())[:500] or "the cluster does not say why"
+    if job.exit_code < 0 or job.exit_code > _SIGNAL:
+        return f"signal {abs(job.exit_code) % _SIGNAL} ended it"
+    return f"exit code {job.exit_code} (the log above says why)"
+
+
+def pause(seconds: float) -> None:
+    time.sleep(seconds)

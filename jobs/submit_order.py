@@ -1,0 +1,152 @@
+"""A submission as it is before a cluster is asked: checked, weighed and named."""
+
+import argparse
+import glob
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.job_server import SubmitError
+from cluster.package import Package, measure
+from cluster.secrets import SecretError, refuse_secrets
+from cluster.submit import job_environment
+from jobs.config import yaml_problem
+from jobs.errors import Exit, JobError
+from jobs.job_door import VerbJob, read_job
+from pipelines.config import TeacherSection
+
+_DIGEST = 10  # characters of it in an id
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # it is part of URLs and file names
+_WITHOUT_TEACHER = ("doctor", "inspect", "report", "train-teacher")
+_READ_PROMPTS = ("demo", "pairs", "regenerate", "pipeline")
+_READ_HELD_OUT = ("demo", "evaluate", "pipeline")
+
+
+@dataclass(frozen=True)
+class Order:
+    """Everything of a submission that is known before a cluster is asked."""
+
+    job: VerbJob
+    id: str
+    digest: str
+    working_dir: str | None
+    package: Package | None
+    runtime_env: dict[str, Any]
+
+    @property
+    def words(self) -> list[str]:
+        return [self.job.verb, *self.job.arguments]
+
+
+def read_order(options: argparse.Namespace) -> Order:
+    """Check the whole submission here. Raises `JobError`."""
+    verb, rest = options.job, _own(options.rest)
+    if options.id and not _ID.fullmatch(options.id):
+        raise JobError(f"--id {options.id!r}: expected letters, digits, . _ and -", Exit.USAGE)
+    folder = None if options.working_dir == "none" else options.working_dir
+    try:
+        refuse_secrets(rest, "the arguments")
+        runtime_env = _read_runtime_env(options.runtime_env)
+        environment = job_environment(folder, runtime_env)
+        if verb.startswith("-") or Path(verb).suffix in (".yaml", ".yml"):
+            raise JobError(f"{verb!r} is no verb; `dmd submit` is followed by one", Exit.USAGE)
+        job = read_job(verb, rest, folder)
+        package = None
+        if folder is not None and "://" not in folder:
+            package = measure(folder, environment["excludes"])
+    except (SecretError, SubmitError) as error:
+        raise JobError(str(error), Exit.USAGE) from error
+    if package is not None:
+        _refuse_left_out(job, package)
+    digest = _digest(job, runtime_env)
+    identity = options.id or f"{verb}-{digest[:_DIGEST]}"
+    return Order(job, identity, digest, folder, package, runtime_env)
+
+
+def _own(rest: list[str]) -> list[str]:
+    """The verb's arguments without the `--` that may set them apart."""
+    if "--" not in rest:
+        return list(rest)
+    cut = rest.index("--")
+    return [*rest[:cut], *rest[cut + 1 :]]
+
+
+def _read_runtime_env(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise JobError(f"--runtime-env {path}: {yaml_problem(error)}", Exit.USAGE) from error
+    if not isinstance(content, dict):
+        raise JobError(f"--runtime-env {path}: expected a mapping such as `excludes:`", Exit.USAGE)
+    return content
+
+
+def _digest(job: VerbJob, runtime_env: dict[str, Any]) -> str:
+    """Of what the job is to do: the same for the same settings, however they were written. Defaults
+    are left out: a newer release of this package goes on with the older one's jobs."""
+    options = {k: v for k, v in vars(job.options).items() if k not in ("config", "set")}
+    said = list(job.arguments) if job.settings is None else job.settings
+    content = [job.verb, options, said, runtime_env]
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _refuse_left_out(job: VerbJob, package: Package) -> None:
+    """Files that the job would look for in its working directory, and that do not travel."""
+    if job.file is not None and job.file not in package.files:
+        raise JobError(
+            f"the recipe {job.file} does not travel with the working directory: .gitignore, "
+            ".rayignore or the excludes leave it out",
+            Exit.USAGE,
+        )
+    for key, path in _relative_paths(job):
+        missing = [file for file in _files_at(package.folder, path) if file not in package.files]
+        if missing:
+            raise JobError(
+                f"{key} is {path!r}, but {missing[0]} does not travel with the working directory "
+                "(weights, data, ignored files and other folders stay here); put it into a "
+                "bucket, or on a path that all machines share",
+                Exit.USAGE,
+            )
+
+
+def _teacher_paths(teacher: TeacherSection) -> list[tuple[str, str]]:
+    """A hub's id (it has a commit) is no path."""
+    path, config = teacher.path, teacher.single_file_config
+    named = [] if teacher.revision else [("teacher.path", path)]
+    if config and "@" not in config:
+        named.append(("teacher.single_file_config", config))
+    return named
+
+
+def _relative_paths(job: VerbJob) -> list[tuple[str, str]]:
+    """(key, path) of what this verb reads by a path that is relative here."""
+    if job.recipe is None:
+        return []
+    named = []
+    if job.verb not in _WITHOUT_TEACHER:
+        named += _teacher_paths(job.recipe.teacher)
+    if job.verb in _READ_PROMPTS:
+        prompts = job.recipe.pairs.prompts
+        listed = [prompts] if isinstance(prompts, str) else prompts
+        named += [("pairs.prompts", each) for each in listed]
+    if job.verb in _READ_HELD_OUT:
+        named.append(("evaluate.prompts", job.recipe.evaluate.prompts))
+        clip = job.recipe.evaluate.clip_model
+        named += [("evaluate.clip_model", clip)] if clip and "@" not in clip else []
+    return [(key, path) for key, path in named if ":" not in path and not os.path.isabs(path)]
+
+
+def _files_at(folder: str, path: str) -> list[str]:
+    """Files under a path or glob of `folder`, relative to it."""
+    found = [Path(each) for each in glob.glob(os.path.join(folder, path))]
+    files = [f for each in found for f in ([each] if each.is_file() else each.rglob("*"))]
+    return sorted(os.path.relpath(file, folder) for file in files if file.is_file())

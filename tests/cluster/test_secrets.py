@@ -1,0 +1,273 @@
+"""A credential is refused wherever it would be sent or saved, and is found nowhere afterwards."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import yaml
+
+from cluster.job_server import JobServer, SubmitError
+from cluster.secrets import SecretError, names_secret, refuse_secrets, without_user_info
+from cluster.submit import EXCLUDES
+from jobs.cli import main
+from jobs.config import Recipe
+from jobs.errors import Exit
+from tests.cluster.fake_job_server import job_server
+
+ROOT = Path(__file__).parent.parent.parent
+CANARY = "c4n4ryZ9qT7vK2mX5wB8nL3pR6s"
+
+# ------------------------------------------------------------------------ refused at the door
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def fake():
+    with job_server() as running:
+        yield running
+
+
+_IN_RECIPES = {
+    "storage.secret_key": f"storage: {{secret_key: {CANARY}}}",
+    "storage.endpoint_url": f"storage: {{endpoint_url: 'http://key:{CANARY}@host:9000'}}",
+    "run.dir": f"run: {{dir: 's3://key:{CANARY}@bucket/run'}}",
+    "pairs.prompts[1]": f"pairs: {{prompts: [a.txt, 'https://me:{CANARY}@host/b.txt']}}",
+    "train.wandb_api_key": f"train: {{wandb_api_key: {CANARY}}}",
+}
+
+
+@pytest.mark.parametrize("verb", ["pairs", "train", "submit"])
+@pytest.mark.parametrize("place", _IN_RECIPES)
+def test_a_recipe_with_a_credential_is_refused(folder, fake, capfd, verb, place):
+    (folder / "my.yaml").write_text(_IN_RECIPES[place])
+    words = ["submit", "pairs", "--address", fake.address] if verb == "submit" else [verb]
+    _refused([*words, "--config", "my.yaml"], place, capfd)
+    _nothing_happened(folder, fake)
+
+
+_IN_ARGUMENTS = {
+    "storage.secret_key in": ["--set", f"storage.secret_key={CANARY}"],
+    "storage in": ["--set", f"storage={{endpoint_url: 'http://key:{CANARY}@host'}}"],
+    "train.health.token": ["--set", "train.health={token: not-in-the-environment}"],
+    "pairs.prompts in": ["--set", f"pairs.prompts=s3://key:{CANARY}@bucket/p.txt"],
+    "run.dir in": ["--set", "pairs.steps=4", "--set", f"run.dir=/x/{CANARY}"],
+}
+
+
+@pytest.mark.parametrize("verb", ["pairs", "submit"])
+@pytest.mark.parametrize("place", _IN_ARGUMENTS)
+def test_an_argument_with_a_credential_is_refused(folder, fake, capfd, monkeypatch, verb, place):
+    """Also by its value alone: a variable of the environment has it."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CANARY)
+    words = ["submit", "pairs", "--address", fake.address] if verb == "submit" else [verb]
+    _refused([*words, *_IN_ARGUMENTS[place]], place, capfd)
+    _nothing_happened(folder, fake)
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("runtime_env.env_vars.AWS_SECRET_ACCESS_KEY", ["--runtime-env", "env.yaml"]),
+        ("--address", ["--address", f"http://me:{CANARY}@head:8265"]),
+        ("working_dir", ["--working-dir", f"https://me:{CANARY}@host/code.zip"]),
+    ],
+)
+def test_a_submission_with_a_credential_is_refused(folder, fake, capfd, place, words):
+    environment = {"env_vars": {"AWS_SECRET_ACCESS_KEY": CANARY}}
+    (folder / "env.yaml").write_text(yaml.safe_dump(environment))
+    _refused(["submit", "pairs", "--address", fake.address, *words], place, capfd)
+    assert fake.asked == []
+
+
+def _refused(words: list[str], place: str, capfd) -> None:
+    assert main(words) == Exit.USAGE
+    out, err = capfd.readouterr()
+    assert place in err and "looks like a credential" in err
+    assert CANARY not in out + err and "key:" not in out + err
+
+
+def _nothing_happened(folder: Path, fake) -> None:
+    assert [path.name for path in folder.iterdir() if path.name != "my.yaml"] == []
+    assert fake.asked == []
+
+
+@pytest.mark.parametrize(
+    "text", ["storage={{token: {}}}", "train.health={{token: {}", "run.dir.x={}"]
+)
+def test_an_override_that_is_none_is_not_repeated_with_its_value(folder, capfd, text):
+    assert main(["pairs", "--set", "run.dir=/x", "--set", text.format(CANARY)]) == Exit.USAGE
+    said = capfd.readouterr().err
+    assert text.split("=")[0] in said and CANARY not in said
+
+
+def test_a_broken_recipe_is_not_repeated(folder, capfd):
+    (folder / "my.yaml").write_text(f"storage:\n  secret_key: {{{CANARY}")
+    for words in (
+        ["pairs", "--config", "my.yaml"],
+        ["submit", "pairs", "--runtime-env", "my.yaml"],
+    ):
+        assert main(words) == Exit.USAGE
+        said = capfd.readouterr().err
+        assert "my.yaml" in said and "line 2" in said and CANARY not in said
+
+
+def test_the_environments_own_secrets_are_known_by_value(monkeypatch):
+    monkeypatch.setenv("SOME_SERVICE_TOKEN", CANARY)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home/me/.ray/auth_token")
+    monkeypatch.setenv("SHORT_PASSWORD", "test")
+    with pytest.raises(SecretError, match=r"metadata\.note looks like"):
+        refuse_secrets({"metadata": {"note": f"see {CANARY}."}})
+    refuse_secrets(["--set", "run.dir=/home/me/.ray/auth_token", "a test"])
+
+
+def test_no_value_beside_the_key_is_repeated(monkeypatch):
+    monkeypatch.setenv("SOME_SERVICE_TOKEN", CANARY)
+    for text, place in (
+        (f"a={CANARY} token=x", "token in arguments[0] looks"),
+        (f"{CANARY}=5", "arguments[0] looks"),
+        (f"-----BEGIN PRIVATE KEY-----\n{CANARY}==", "arguments[0] looks"),
+    ):
+        with pytest.raises(SecretError) as caught:
+            refuse_secrets([text], "arguments")
+        assert CANARY not in str(caught.value) and str(caught.value).startswith(place)
+
+
+def test_no_setting_of_a_recipe_has_a_name_that_would_be_refused():
+    def names(schema: object) -> Iterator[str]:
+        if isinstance(schema, dict):
+            yield from schema.get("properties", {})
+            for value in schema.values():
+                yield from names(value)
+        elif isinstance(schema, list):
+            for value in schema:
+                yield from names(value)
+
+    every = set(names(Recipe.model_json_schema()))
+    assert "learning_rate" in every and not [name for name in every if names_secret(name)]
+
+
+def test_an_address_with_a_password_is_shown_without(fake, monkeypatch, capfd):
+    """In the environment it may stand, for a proxy in front of the cluster."""
+    address = fake.address.replace("://", f"://me:{CANARY}@")
+    assert JobServer(address).shown == fake.address.replace("://", "://…@")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)
+    assert main(["jobs"]) == 0
+    fake.refuse_with, fake.away = 500, 10**6
+    assert main(["jobs"]) == Exit.TRANSIENT
+    out, err = capfd.readouterr()
+    assert CANARY not in out + err and "://…@" in err
+    with pytest.raises(SubmitError) as caught:
+        JobServer(f"http://me:{CANARY}@127.0.0.1:9")
+    assert CANARY not in str(caught.value)
+    assert without_user_info("a b://c:d@e f://g@h") == "a b://…@e f://…@h"
+
+
+def test_rays_own_client_leaves_out_the_same_files():
+    given = yaml.safe_load((ROOT / "cluster" / "runtime_env.yaml").read_text())
+    assert given == {"excludes": list(EXCLUDES)}
+    refuse_secrets(given)
+
+
+# ------------------------------------------------------------------------ found nowhere
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1200)
+def test_a_secret_of_the_environment_is_found_nowhere_after_a_job(
+    tmp_path, tiny_teacher_dir, monkeypatch
+):
+    """Pairs and a training as jobs against an S3 server whose key only the environment has; then
+    every byte that was left behind anywhere is searched for it, and for the cluster's token."""
+    from cluster.local_cluster import local_cluster
+    from pipelines.config import StorageSection
+    from tests import s3_servers
+
+    canary = token_hex(20)  # not CANARY: this file travels with the working directory
+    monkeypatch.setattr(s3_servers, "ACCESS_KEY", "canarykeyid0123")
+    monkeypatch.setattr(s3_servers, "SECRET_KEY", canary)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "canarykeyid0123")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", canary)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"a red fox {index}" for index in range(16)))
+    with s3_servers.seaweedfs(tmp_path / "seaweed") as url:
+        bucket = s3_servers.new_bucket(StorageSection(endpoint_url=url), "set")
+        with local_cluster(nodes=2, cpus=4) as cluster:
+            settings = {
+                "run.dir": f"{bucket.url}/run",
+                "storage.endpoint_url": url,
+                "teacher.path": tiny_teacher_dir,
+                "pairs.prompts": prompts,
+            }
+            outputs = [_submit(cluster, verb, settings) for verb in ("pairs", "train")]
+            token = Path(cluster.client_environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+            answers = _job_api(cluster, token)
+            root = Path(cluster.record.place.root)
+            left = {str(path): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        found = {path: bucket.fs.cat_file(path) for path in bucket.fs.find(bucket.root)}
+    terminal = {f"terminal {index}": text for index, text in enumerate(outputs)}
+    everything = left | found | answers | terminal
+    names = "\n".join(everything)
+    for expected in ("job-driver-", "config.yaml", "versions.json", "manifest", "checkpoints"):
+        assert expected in names
+    assert b"AWS" not in answers["list"] and b"tiny" in answers["list"]
+    for secret in (canary, token):
+        assert _holding(everything, secret) == []
+    # The search finds what is there: the test's own text has travelled.
+    assert any(name.endswith("test_secrets.py") for name in _holding(left, CANARY))
+
+
+def _submit(cluster, verb: str, settings: dict) -> bytes:
+    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "jobs.submit", verb, "--config", "tiny", *words]
+    done = subprocess.run(
+        command, cwd=ROOT, env=cluster.environment, capture_output=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    return done.stdout + done.stderr
+
+
+def _job_api(cluster, token: str) -> dict[str, bytes]:
+    """What the job server tells whoever asks: the list, each job, each log."""
+
+    def ask(path: str) -> bytes:
+        request = urllib.request.Request(cluster.url + path)
+        request.add_header("Authorization", f"Bearer {token}")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read()
+
+    answers = {"list": ask("/api/jobs/")}
+    for job in json.loads(answers["list"]):
+        identity = job["submission_id"]
+        if identity:
+            answers[f"job {identity}"] = ask(f"/api/jobs/{identity}")
+            answers[f"log {identity}"] = ask(f"/api/jobs/{identity}/logs")
+    assert len(answers) == 5
+    return answers
+
+
+def _holding(everything: Mapping[str, Any], secret: str) -> list[str]:
+    """Names of what holds the secret as it is, or as URLs, JSON or base64 would write it."""
+    forms = {secret, quote(secret, safe=""), json.dumps(secret)[1:-1]}
+    encoded = {form.encode() for form in forms} | {base64.b64encode(secret.encode())[:-4]}
+    return [name for name, data in everything.items() if any(form in data for form in encoded)]
+
+
+def test_no_secret_of_this_test_is_in_the_environment_by_default():
+    assert CANARY not in json.dumps(dict(os.environ))
