@@ -151,6 +151,7 @@ def _train(folder: Path, data: str) -> None:
     assert main(["train-teacher", "--config", _recipe(folder, data)]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_training_resumes_bit_for_bit_and_writes_what_diffusers_and_we_load(
     tmp_path, data_dir, capfd

@@ -343,14 +343,15 @@ def _write_validation(run, step: int, metrics: dict | None, inputs: str = "a") -
 def test_what_was_measured_while_it_trained_is_drawn(tmp_path):
     run = open_store(str(tmp_path))
     _write_validation(run, 100, {"kid": _estimate(0.9)}, inputs="other prompts")
-    _write_validation(run, 200, {"kid": _estimate(0.5), "rmse": _estimate(0.2)})
+    fid = {"value": 12.0}  # it has no interval
+    _write_validation(run, 200, {"kid": _estimate(0.5), "rmse": _estimate(0.2), "fid": fid})
     _write_validation(run, 300, None)
-    _write_validation(run, 400, {"kid": _estimate(0.25), "rmse": None, "retrieval": {"value": 1}})
+    _write_validation(run, 400, {"kid": _estimate(0.25), "rmse": None, "retrieval": {"low": 1}})
     run.fs.pipe_file(run.path("validation", "notes.txt"), b"no result")
     run.fs.pipe_file(run.path("best.json"), b'{"step": 400, "metric": "kid", "value": 0.25}')
     validation = read_validation(run)
     assert validation.results == {
-        200: {"kid": _estimate(0.5), "rmse": _estimate(0.2)},
+        200: {"kid": _estimate(0.5), "rmse": _estimate(0.2), "fid": fid},
         400: {"kid": _estimate(0.25)},
     }
     page = _Page(render_report(_inputs(validation=validation), TEMPLATE))
@@ -360,6 +361,7 @@ def test_what_was_measured_while_it_trained_is_drawn(tmp_path):
     labels = [svg["aria-label"] or "" for svg in page.all("svg")]
     assert sum("(KID)" in label and "over training steps" in label for label in labels) == 1
     assert sum("RMSE" in label for label in labels) == 1
+    assert sum("(FID)" in label for label in labels) == 1
     assert not any("retrieval" in label for label in labels)
 
 
