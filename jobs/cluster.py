@@ -11,6 +11,7 @@ from cluster.local_cluster import LOOPBACK, LocalCluster
 from cluster.local_status import Status
 from cluster.nodes import Size
 from cluster.record import default_folder, read_record
+from jobs.actions import add_action
 from jobs.display import Display
 from jobs.errors import Exit, JobError
 
@@ -67,23 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
-    parser = actions.add_parser(
-        name,
-        help=text,
-        description=text,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_action(actions, name, text, _EXAMPLES)
     parser.add_argument(
         "--dir",
         metavar="FOLDER",
         help=f"where the cluster is remembered (default {default_folder()}); each folder has one "
         "cluster of its own",
     )
-    # The options of every verb once more, so that they may stand behind the action too.
-    unset: Any = {"action": "store_true", "default": argparse.SUPPRESS}
-    parser.add_argument("--json", help="results as JSON on stdout", **unset)
-    parser.add_argument("--dry-run", help="print the plan and stop", **unset)
     return parser
 
 

@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from jobs.actions import add_action
+
 DEFAULT_STORE = "runs/schedule"
 
 _EXAMPLES = """examples:
@@ -60,21 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
-    parser = actions.add_parser(
-        name,
-        help=text,
-        description=text,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_action(actions, name, text, _EXAMPLES)
     store_help = f"where schedules are kept: a folder or s3:// URL (default {DEFAULT_STORE})"
     parser.add_argument("--store", default=DEFAULT_STORE, help=store_help)
-    # The options of every verb once more, so that they may stand behind the action too.
     unset: Any = {"default": argparse.SUPPRESS}
     parser.add_argument(
         "--config", "--recipe", metavar="YAML", help="its storage: is used", **unset
     )
     parser.add_argument("--set", action="append", metavar="SECTION.KEY=VALUE", **unset)
-    parser.add_argument("--json", action="store_true", help="results as JSON on stdout", **unset)
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop", **unset)
     return parser

@@ -6,7 +6,6 @@ string inside a Ray call would resolve the bucket's region against AWS and fail 
 
 import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -127,15 +126,3 @@ def check_writable(store: Store) -> None:
         raise PermissionError(
             f"cannot write to {store.url}: {error}. Expected a writable folder or bucket prefix."
         ) from error
-
-
-def local_copy(store: Store, target: str | None = None) -> str:
-    """A local path with the folder's content: the folder itself, or a copy of the remote one, in
-    `target` (without it: in a new folder that stays)."""
-    if is_local(store.fs):
-        return store.root
-    if not store.fs.exists(store.root):
-        raise FileNotFoundError(f"{store.url} does not exist")
-    target = target or tempfile.mkdtemp(prefix="dmd-copy-")
-    store.fs.get(store.root + "/", target, recursive=True)
-    return target

@@ -81,6 +81,15 @@ def tiny_teacher_dir(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def families(tmp_path_factory):
+    """A tiny teacher of each family (`tests.dmd_core.family_calls.Families`), made when asked for:
+    building and saving them is most of the work of their tests."""
+    from tests.dmd_core.family_calls import Families
+
+    return Families(tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """The URL of an S3 server in memory."""
     from moto.server import ThreadedMotoServer

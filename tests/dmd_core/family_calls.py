@@ -1,9 +1,6 @@
 """What the user of each family's pipeline writes, by hand: the reference for pairs and students."""
 
-import atexit
 import json
-import shutil
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,14 +29,6 @@ class Families:
     def _teacher(self, name: str) -> Teacher:
         size = (None, None) if name in PIXELS else (SIDE, SIDE)
         return load_teacher(self.folder(name), size=size)
-
-
-@cache
-def shared_families() -> Families:
-    """One for all test modules of a process: building and saving them is most of the work."""
-    root = tempfile.mkdtemp(prefix="dmd-families-")
-    atexit.register(shutil.rmtree, root, ignore_errors=True)
-    return Families(Path(root))
 
 
 def plain(folder: str) -> Any:

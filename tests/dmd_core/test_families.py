@@ -26,7 +26,6 @@ from tests.dmd_core.family_calls import (
     call_by_hand,
     noise,
     plain,
-    shared_families,
 )
 from tests.dmd_core.tiny_families import BUILDERS, CLASSES
 
@@ -45,19 +44,6 @@ OWN = {
     "ddpm": ("ddim", 1.0, {}),
     "unconditional": ("ddim", 1.0, {}),
 }
-
-
-@pytest.fixture(scope="module")
-def families() -> Families:
-    return shared_families()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _own_pipeline(families: Families, name: str):

@@ -33,11 +33,9 @@ from dmd_core.trainer import DmdTrainer, StageSettings
 from tests.dmd_core.family_calls import (
     PIXELS,
     PROMPTS,
-    Families,
     call_by_hand,
     noise,
     plain,
-    shared_families,
 )
 
 ONE, FOUR = None, (999, 749, 499, 249)
@@ -57,19 +55,6 @@ REST = [
     ("ddpm", ONE, DMD), ("unconditional", ONE, DMD2),
 ]  # fmt: skip
 TRAINED = [*OFTEN, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
-
-
-@pytest.fixture(scope="module")
-def families() -> Families:
-    return shared_families()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _distil(

@@ -3,16 +3,11 @@
 import pytest
 
 from jobs.errors import Exit
-from tests.dmd_core.family_calls import PIXELS, Families, shared_families
+from tests.dmd_core.family_calls import PIXELS
 from tests.jobs.tiny_cli import run_tiny
 
 NO_PAIRS = {"train__lambda_reg": 0, "train__regression_batch_size": 0}
 FOUR = "[999, 749, 499, 249]"
-
-
-@pytest.fixture(scope="module")
-def families() -> Families:
-    return shared_families()
 
 
 class _ThroughTheDoor(Exception):

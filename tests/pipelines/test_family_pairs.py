@@ -27,10 +27,8 @@ from pipelines.workers import Group
 from tests.dmd_core.family_calls import (
     PIXELS,
     PROMPTS,
-    Families,
     call_by_hand,
     plain,
-    shared_families,
 )
 from tests.pipelines.dmd_runs import write_pictures
 from tests.pipelines.test_teacher_actor import rows
@@ -41,11 +39,6 @@ SOLVERS = {
     "pixart": VP, "edm": "edm_euler",
 }  # fmt: skip
 TIMES = (999, 749, 499, 249)
-
-
-@pytest.fixture(scope="module")
-def families() -> Families:
-    return shared_families()
 
 
 @pytest.fixture(autouse=True)
