@@ -225,12 +225,8 @@ class _Writing:
         self._lease = self._stack.enter_context(held)
         return True
 
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        try:
-            if kind is KeyboardInterrupt and self._lease is not None:
-                self._lease.check()  # was it the lost lease that interrupted us?
-        finally:
-            self._stack.close()
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
 
 
 def _asked(session: Session, name: str) -> str:

@@ -1,26 +1,26 @@
 """`dmd train`: distributed DMD and DMD2 training with Ray Train (stations 5-7)."""
 
+import _thread
 import argparse
 from dataclasses import asdict
 from typing import Any, cast
 
-from dmd_core.checkpoint import committed_steps, damage, discard_checkpoint, read_state
+from dmd_core.checkpoint import damage, discard_checkpoint
 from jobs.display import loss_fields
 from jobs.errors import Exit, JobError
-from jobs.pins import PINNED, pin_in_dataset, run_pins, save_pins
+from jobs.pins import pin_in_dataset, run_pins, save_pins
 from jobs.placement import check_room, train_demand
-from jobs.plans import with_space
 from jobs.session import Session
-from pipelines.costs import Work, estimate, step_rate
+from jobs.train_plan import plan
+from jobs.train_state import finished_state, newest_state, saved_steps
 from pipelines.following import PinHolder
 from pipelines.health_record import read_events
-from pipelines.manifest import ManifestError, latest_manifest
-from pipelines.memory_plan import NetworkSizes, checkpoint_bytes
-from pipelines.parallel_settings import WorkerRange
+from pipelines.lease import Lease, hold_lease
+from pipelines.manifest import ManifestError
 from pipelines.pins import Pins
 from pipelines.run_folder import CHECKPOINTS
-from pipelines.train_config import StageKeys, StageSection, stage_steps
-from pipelines.weights import denoiser_of, pipeline_weights
+
+__all__ = ["add_arguments", "plan", "run"]
 
 PREVIOUS = "previous"
 
@@ -37,16 +37,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Train to the end of the last stage, from the newest checkpoint if there is one."""
+    """Train to the end of the last stage, from the newest checkpoint if there is one. Raises
+    `LeaseHeldError` while another training is at work in the run's folder."""
     session.open_run()
-    if getattr(session.arguments, "start", None) == PREVIOUS:
-        _put_newest_aside(session)
-    steps = _steps(session)
-    done = _finished(session, steps)
-    if done is not None:
-        _settle_evaluations(session)
-        session.display.done(f"train: nothing to do, step {done['step']} is reached")
-        return _result(done, trained=False)
+    put_aside = getattr(session.arguments, "start", None) == PREVIOUS
+    if put_aside or finished_state(session, saved_steps(session)) is None:
+        with hold_lease(
+            session.store,
+            period_s=session.recipe.pairs.lease_seconds,
+            purpose="dmd train",
+            on_lost=_thread.interrupt_main,
+        ) as lease:
+            if put_aside:
+                _put_newest_aside(session)
+            # Asked again: another process may have done it while we waited for the lease.
+            if finished_state(session, saved_steps(session)) is None:
+                return _go_on(session, lease)
+    _settle_evaluations(session)
+    done = newest_state(session, saved_steps(session))
+    session.display.done(f"train: nothing to do, step {done['step']} is reached")
+    return _result(done, trained=False)
+
+
+def _go_on(session: Session, lease: Lease) -> dict[str, Any]:
+    steps = saved_steps(session)
     try:
         pins, pin, precision = _agree(session, steps)
     except ManifestError:  # perhaps collected just now: what is newest then?
@@ -54,9 +68,9 @@ def run(session: Session) -> dict[str, Any]:
     if steps:
         session.display.say(f"train: going on from step {steps[-1]}")
     session.display.say("train: networks in " + precision["networks"])
-    _train(session, pins, pin)
+    _train(session, pins, pin, lease)
     _settle_evaluations(session)
-    done = _newest_state(session, _steps(session))
+    done = newest_state(session, saved_steps(session))
     _say_health(session)
     session.display.done(f"train: {done['step']} steps, {session.store.url}")
     result = _result(done, trained=True)
@@ -74,7 +88,7 @@ def _settle_evaluations(session: Session) -> None:
     if session.recipe.train.evaluation.steps:
         from jobs.train_evaluation import settle_evaluations
 
-        settle_evaluations(session, _steps(session))
+        settle_evaluations(session, saved_steps(session))
 
 
 def _say_health(session: Session) -> None:
@@ -90,7 +104,7 @@ def _say_health(session: Session) -> None:
         )
 
 
-def _train(session: Session, pins: Pins, pin: PinHolder | None) -> None:
+def _train(session: Session, pins: Pins, pin: PinHolder | None, lease: Lease) -> None:
     """The Ray Train job. Raises what ended it for good."""
     import ray
 
@@ -117,6 +131,7 @@ def _train(session: Session, pins: Pins, pin: PinHolder | None) -> None:
                 "pins": asdict(pins),
                 "pin": None if pin is None else asdict(pin),
                 "evaluation": None if task is None else asdict(task),
+                "fence": lease.fence,
                 "board": board,
             },
             store=session.store,
@@ -134,7 +149,7 @@ def _train(session: Session, pins: Pins, pin: PinHolder | None) -> None:
 
 def _put_newest_aside(session: Session) -> None:
     """The newest checkpoint, if it cannot be read: so that the same command again goes on."""
-    steps, fs, root = _steps(session), session.store.fs, session.store.path(CHECKPOINTS)
+    steps, fs, root = saved_steps(session), session.store.fs, session.store.path(CHECKPOINTS)
     what = damage(fs, root, steps[-1]) if steps else ""
     if not what:
         session.display.say("train: the newest checkpoint is whole; none is put aside")
@@ -159,7 +174,7 @@ def _agree(session: Session, steps: list[int]) -> tuple[Pins, PinHolder | None, 
     if not steps:
         _check_begins_from(session, pins)
     if steps:
-        followed = _newest_state(session, steps)["pairs_segments"]
+        followed = newest_state(session, steps)["pairs_segments"]
         versions |= {segment["version"] for segment in followed}
     pin = pin_in_dataset(session, versions) if versions else None
     save_pins(session, pins)
@@ -192,97 +207,6 @@ def _listed(versions: list[int]) -> str:
 
 def _shown(fields: dict[str, Any]) -> str:
     return f"{loss_fields(fields)}  {fields.get('pairs', '')}".strip()
-
-
-def plan(session: Session) -> dict[str, Any]:
-    """What `run` would do; touches nothing."""
-    section, steps = session.recipe.train, _steps(session)
-    from_step = steps[-1] if steps else 0
-    finished = _finished(session, steps) is not None
-    kept = session.read_json(PINNED) if steps else None
-    version = (
-        kept["default"] if kept else getattr(latest_manifest(session.pairs_root), "version", 0)
-    )
-    stages = {
-        f"stage {index} {stage.name}".rstrip(): _stage_in_words(stage, keys)
-        for index, (stage, keys) in enumerate(section.plan())
-    }
-    pairs = f"version {version}" if version else "none sealed yet"
-    if section.follow_pairs != "no":
-        pairs += f", then the newest one at each {section.follow_pairs}"
-    to_do = 0 if finished else max(0, section.total_steps - from_step)
-    needed = _checkpoint_space(session) if to_do else 0
-    plan = {
-        "pairs": pairs if section.needs_pairs else "none needed",
-        **stages,
-        "from_step": from_step,
-        "steps_to_do": to_do,
-        "samples": sum(stage_samples(stage, keys) for stage, keys in section.plan()),
-        "workers": _workers_in_words(session.recipe.train.num_workers),
-        "bytes": needed,
-        "writes_to": session.store.url,
-    }
-    return with_space(plan | _estimate(session, to_do), needed, session.store)
-
-
-def _estimate(session: Session, steps: int) -> dict[str, Any]:
-    """Time and cost. A step is one of the whole group: all its workers are busy at once."""
-    section, cost = session.recipe.train, session.recipe.cost
-    workers = section.most_workers
-    cpus, gpus = workers * section.cpus_per_worker, float(workers * section.use_gpu)
-    return estimate(Work(steps, 1, cpus, gpus), step_rate(session.store, section, cost), cost)
-
-
-def _checkpoint_space(session: Session) -> int:
-    """Of all checkpoints that are kept at once, and of the one being written."""
-    section = session.recipe.train
-    weights = pipeline_weights(session.teacher_dir)
-    sizes = NetworkSizes.of(weights, denoiser_of(weights), section)
-    best = section.evaluation.best_checkpoints_limit if section.evaluation.steps else 0
-    return checkpoint_bytes(sizes, section) * (section.checkpoints_total_limit + best + 1)
-
-
-def _workers_in_words(workers: int | WorkerRange) -> str:
-    if isinstance(workers, WorkerRange):
-        return f"{workers.min} to {workers.max}, as many as there is room for"
-    return str(workers)
-
-
-def _stage_in_words(stage: StageSection, keys: StageKeys) -> str:
-    """When it ends, and what it changes."""
-    ends = f"{stage.steps} steps" if stage.steps else f"{stage.samples} samples"
-    if stage.until is not None:
-        bound = (
-            f"< {stage.until.below}" if stage.until.below is not None else f"> {stage.until.above}"
-        )
-        ends += f" or {stage.until.metric} {bound}"
-    changes = ", ".join(f"{key} {value}" for key, value in stage.changes().items())
-    return f"{ends} of {keys.train_batch_size}" + (f" ({changes})" if changes else "")
-
-
-def stage_samples(stage: StageSection, keys: StageKeys) -> int:
-    """Student samples of a whole stage, over all workers: fresh ones and those on stored noise."""
-    paired = keys.regression_batch_size if keys.needs_pairs else 0
-    return stage_steps(stage, keys) * (keys.train_batch_size * keys.fake_updates + paired)
-
-
-def _steps(session: Session) -> list[int]:
-    return committed_steps(session.store.fs, session.store.path(CHECKPOINTS))
-
-
-def _finished(session: Session, steps: list[int]) -> dict[str, Any] | None:
-    """The last checkpoint's state of a run that has reached the end of its plan; None: there is
-    work to do. `steps`: those that have a checkpoint."""
-    if not steps:
-        return None
-    state = _newest_state(session, steps)
-    total = session.recipe.train.total_steps
-    finished = state["finished"] and state["total_steps"] == total
-    return state if finished or steps[-1] >= total else None
-
-
-def _newest_state(session: Session, steps: list[int]) -> dict[str, Any]:
-    return read_state(session.store.fs, session.store.path(CHECKPOINTS), steps[-1])
 
 
 if __name__ == "__main__":

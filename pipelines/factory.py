@@ -107,28 +107,24 @@ def fill_order(
             on_lost=on_lost,
             void_next=void_next_number,
         ) as lease:
-            try:
-                manifest = find_sealed(root, fingerprint.digest, landing.digest)
-                prompts = landing.publish()
-                if manifest is None:
-                    asked = landed_ids(root, prompts)
-                    settle_ledger(root, fingerprint.folder)
-                    forget_lost_files(root, fingerprint.folder)
-                    changes = find_changes(order, asked)
-                    on_changes(changes)
-                    if changes.to_make or len(data_keys(root, fingerprint)) > _SEALED_HERE:
-                        manifest = _make(order, prompts, changes.to_make, lease, record, watch)
-                    else:
-                        record.phase = "sealing"
-                        drop_unfinished(root, fingerprint.folder)
-                        manifest = seal_generation(root, fingerprint, prompts, lease=lease)
-                garbage = None
-                if keep is not None:
-                    record.phase = "collecting"
-                    garbage = collect_garbage(root, lease, keep=keep)
-            except KeyboardInterrupt:
-                lease.check()  # was it the lost lease that interrupted us?
-                raise
+            manifest = find_sealed(root, fingerprint.digest, landing.digest)
+            prompts = landing.publish()
+            if manifest is None:
+                asked = landed_ids(root, prompts)
+                settle_ledger(root, fingerprint.folder)
+                forget_lost_files(root, fingerprint.folder)
+                changes = find_changes(order, asked)
+                on_changes(changes)
+                if changes.to_make or len(data_keys(root, fingerprint)) > _SEALED_HERE:
+                    manifest = _make(order, prompts, changes.to_make, lease, record, watch)
+                else:
+                    record.phase = "sealing"
+                    drop_unfinished(root, fingerprint.folder)
+                    manifest = seal_generation(root, fingerprint, prompts, lease=lease)
+            garbage = None
+            if keep is not None:
+                record.phase = "collecting"
+                garbage = collect_garbage(root, lease, keep=keep)
     return Outcome(manifest, True, record.spent, garbage)
 
 

@@ -1,4 +1,4 @@
-"""A data set has one writer at a time: the holder of its newest lease.
+"""A folder (a data set, a run) has one writer at a time: the holder of its newest lease.
 
     leases/NNNNNN.json      created once; the number is the fence that the holder's files carry
     leases/NNNNNN.beat      overwritten by the holder, again and again
@@ -64,14 +64,13 @@ class Lease:
 
     def check(self) -> None:
         """Raises `LeaseLostError` when another lease is newer, or none could be renewed."""
-        newest = newest_fence(self._root)
-        if newest != self.fence:
-            self._lost = f"lease {newest} was taken by {_holder_in_words(self._root, newest)}"
+        try:
+            check_fence(self._root, self.fence)
+        except LeaseLostError as error:
+            self._lost = str(error)
+            raise
         if self._lost:
-            raise LeaseLostError(
-                f"{self._root.url}: this process has lost its lease {self.fence} ({self._lost}); "
-                "nothing more is written. Run the same command again to go on"
-            )
+            raise LeaseLostError(_lost(self._root, self.fence, self._lost))
 
     @property
     def lost(self) -> bool:
@@ -111,11 +110,12 @@ def hold_lease(
     on_lost: Callable[[], None] | None = None,
     void_next: Callable[[Store, int, str], None] | None = None,
 ) -> Iterator[Lease]:
-    """Hold the data set's lease for the length of the block.
+    """Hold the folder's lease for the length of the block.
 
     Waits up to one period to see whether another holder still lives; raises `LeaseHeldError` if it
     does. `progress` is written with every beat, for whoever asks who holds the lease. `on_lost` is
-    called from the beating thread. `void_next` claims the next version's number after a take-over.
+    called from the beating thread; where it interrupts the block by a `KeyboardInterrupt`, that
+    becomes a `LeaseLostError`. `void_next` claims the next version's number after a take-over.
     """
     fence, taken_over = _take(root, period_s, purpose)
     lease = Lease(root, fence, period_s)
@@ -128,6 +128,9 @@ def hold_lease(
     thread.start()
     try:
         yield lease
+    except KeyboardInterrupt:
+        lease.check()  # was it the lost lease that interrupted us?
+        raise
     finally:
         stop.set()
         thread.join()
@@ -136,6 +139,15 @@ def hold_lease(
             if not lease.lost:
                 _write_json(root, _path(root, fence, "released"), {"fence": fence})
                 _prune(root, fence)
+
+
+def check_fence(root: Store, fence: int) -> None:
+    """For those who work for the holder of lease `fence`, in other processes. Raises
+    `LeaseLostError` when there is a newer one."""
+    newest = newest_fence(root)
+    if newest != fence:
+        taker = _holder_in_words(root, newest)
+        raise LeaseLostError(_lost(root, fence, f"lease {newest} was taken by {taker}"))
 
 
 def newest_fence(root: Store) -> int:
@@ -200,6 +212,13 @@ def _outlived(root: Store, fence: int) -> bool:
         if _is_gone(record.get("holder", {})):
             return True
     return True
+
+
+def _lost(root: Store, fence: int, why: str) -> str:
+    return (
+        f"{root.url}: this process has lost its lease {fence} ({why}); nothing more is written. "
+        "Run the same command again to go on"
+    )
 
 
 def _held(root: Store, fence: int) -> str:

@@ -25,6 +25,7 @@ from pipelines.beside_task import EvaluationTask
 from pipelines.health_record import HealthRecordError, Remedies
 from pipelines.health_rules import derived, last_good
 from pipelines.health_watch import HealthWatch, StoppedError
+from pipelines.lease import LeaseLostError, check_fence
 from pipelines.prefetch import Prefetcher
 from pipelines.progress import Throttle
 from pipelines.run_checkpoints import RunCheckpoints
@@ -39,13 +40,13 @@ _logger = logging.getLogger(__name__)
 
 
 # A restart of the workers would end in the same way.
-_FINAL = (CheckpointError, DivergedError, HealthRecordError, StoppedError)
+_FINAL = (CheckpointError, DivergedError, HealthRecordError, LeaseLostError, StoppedError)
 
 
 def train_loop(config: dict[str, Any]) -> None:
     """One worker of `dmd train`. `config`: train, pairs, seed, dir, storage, teacher, root, pins,
-    pin (a `PinHolder`), evaluation (an `EvaluationTask`), board. An error that a restart cannot
-    mend is handed to the board, and the loop returns."""
+    pin (a `PinHolder`), evaluation (an `EvaluationTask`), fence (of the run's lease), board. An
+    error that a restart cannot mend is handed to the board, and the loop returns."""
     set_threads(config["train"]["threads_per_worker"])
     board = config.get("board")
     try:
@@ -58,7 +59,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
 class _DmdRun:
     def __init__(self, config: dict[str, Any]) -> None:
-        self.group, self.board = Group.here(), config.get("board")
+        self.group, self.board, self.fence = Group.here(), config.get("board"), config["fence"]
         self.inputs = RunInputs(config, self.group)
         self.section, self.store = self.inputs.section, self.inputs.store
         self.versions, self.pins = self.inputs.versions, self.inputs.pins
@@ -105,6 +106,7 @@ class _DmdRun:
 
     def _begin(self) -> None:
         """Go on from the newest checkpoint that may be believed, or from the start."""
+        self._check_lease()
         step = self.checkpoints.newest(self.health.read())
         if step is not None:
             self._restore(step)
@@ -217,6 +219,7 @@ class _DmdRun:
         verdict = self.health.look(self.progress.step, metrics)
         if verdict is None:
             return False
+        self._check_lease()
         self.log.flush()  # what led to it can be seen, whatever follows
         if verdict.action != "rollback":
             self.health.record(verdict)
@@ -238,7 +241,12 @@ class _DmdRun:
 
     # ------------------------------------------------------------------ state
 
+    def _check_lease(self) -> None:
+        """Who started this training may be frozen or cut off, and another one at work here."""
+        self.group.first(lambda: check_fence(self.store, self.fence))
+
     def _save(self) -> None:
+        self._check_lease()
         self.log.flush(surely=self.finished)
         step = self.progress.step
         state = {

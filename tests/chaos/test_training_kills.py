@@ -5,6 +5,7 @@ happened. A seed decides one death: when it comes, and whom it takes.
 """
 
 import random
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -148,3 +149,27 @@ def test_the_driver_dies(run, cluster, undisturbed):
         time.sleep(death.share)
     run.finish()
     assert_same_training(run, undisturbed, STEPS)
+
+
+def test_a_training_whose_driver_froze_is_followed_and_writes_no_more(run, settings, undisturbed):
+    """The frozen driver's workers are not frozen: they are what must stop."""
+    alone = settings | {"train.num_workers": 1, "pairs.lease_seconds": 3}
+    run.settings = alone
+    with TrainingRun(alone, run.folder) as second:
+        run.start()
+        run.wait_until(lambda: run.newest_step() >= 10, "a checkpoint")
+        frozen = run.process
+        assert frozen is not None
+        frozen.send_signal(signal.SIGSTOP)
+        try:
+            at = run.newest_step()
+            assert at < STEPS, "nothing was left to do"
+            second.finish()
+            ended = run.log.read_text()
+        finally:
+            frozen.send_signal(signal.SIGCONT)
+        code = run.wait()
+        story = run.log.read_text()
+        print(f"frozen after step {at}; exit code {code}: {story[len(ended) :][-400:]}")
+        assert code == 4 and "has lost its lease 1 (lease 2 was taken by process" in story
+        assert_same_training(second, undisturbed, STEPS)

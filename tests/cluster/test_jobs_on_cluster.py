@@ -23,7 +23,7 @@ from tests.cluster.on_cluster import (
 )
 from tests.s3_servers import new_bucket
 
-PROMPTS, BLOCK = 48, 8
+PROMPTS, BLOCK = 64, 8
 TEACHER, TRAINER, SAMPLER = "TeacherActor", "RayTrainWorker", "_SamplerActor"
 CANARY = f"canary{uuid.uuid4().hex}"
 # The cluster's own: credentials of the store, and less patience of Ray Train with a lost node.
@@ -77,7 +77,7 @@ def run_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def settings(run_dir, tiny_teacher_dir) -> dict[str, object]:
-    return tiny(run_dir, tiny_teacher_dir) | {"pairs.steps": 120}
+    return tiny(run_dir, tiny_teacher_dir) | {"pairs.steps": 240}
 
 
 def tiny(folder: Path, teacher: str, *, prompts: int = PROMPTS) -> dict[str, object]:

@@ -10,6 +10,7 @@ from dmd_core.checkpoint import Checkpoint, save_checkpoint
 from jobs.errors import Exit
 from pipelines.dataset_pins import pin_name, read_pins
 from pipelines.following import PinHolder
+from pipelines.lease import hold_lease
 from pipelines.manifest import load_manifest
 from pipelines.storage import Store, open_store
 from tests.jobs.tiny_cli import run_tiny
@@ -28,12 +29,12 @@ def train(tiny_teacher_dir, tmp_path, capsys, pairs, monkeypatch):  # noqa: F811
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"prompt {index}" for index in range(12)))
 
-    def run(**settings: object) -> tuple[int, str]:
+    def run(*words: str, **settings: object) -> tuple[int, str]:
         base = {
             "run.dir": tmp_path / "run", "teacher.path": tiny_teacher_dir,
             "pairs.prompts": prompts, "pairs.root": pairs[0].url,
         }  # fmt: skip
-        return run_tiny("train", base, settings, capsys)
+        return run_tiny("train", base, settings, capsys, words)
 
     run.folder = tmp_path
     return run
@@ -229,3 +230,18 @@ def _pretend_a_checkpoint(run, versions=()):
     }  # fmt: skip
     fs, root = LocalFileSystem(auto_mkdir=True), str(run / "checkpoints")
     save_checkpoint(fs, root, Checkpoint(1, {}, state), alone=True)
+
+
+@pytest.mark.parametrize("words", [[], ["--from", "previous"]])
+def test_a_run_folder_has_one_training_at_a_time(train, words):
+    run = open_store(str(train.folder / "run"))
+    with hold_lease(run, period_s=30, purpose="dmd train"):
+        path = run.path("leases", "000001.json")
+        record = json.loads(run.fs.cat_file(path))
+        # The holder is a process of another machine, of which only its beats are known.
+        record |= {"period_s": 30, "holder": {"host": "elsewhere", "pid": 7}}
+        run.fs.pipe_file(path, json.dumps(record).encode())
+        code, message = train(*words)
+    assert code == Exit.TRANSIENT
+    assert "is being written by process 7 on elsewhere: dmd train" in message
+    assert not run.fs.exists(run.path("checkpoints"))

@@ -11,6 +11,7 @@ from dmd_core.checkpoint import Checkpoint, committed_steps, load_checkpoint
 from dmd_core.teacher import load_teacher, teacher_revision
 from pipelines.config import PairsSection, StorageSection
 from pipelines.dataset_pins import read_pins
+from pipelines.lease import hold_lease
 from pipelines.manifest import Manifest, load_manifest
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store, open_store
@@ -46,6 +47,7 @@ def train(pairs, tiny_teacher_dir, tmp_path, ray_cluster):
         workers: int = 1,
         digest: str | None = None,
         root: Store = root,
+        fence: int = 0,
         **changes,
     ) -> Store:
         store = open_store(str(tmp_path / name))
@@ -63,6 +65,7 @@ def train(pairs, tiny_teacher_dir, tmp_path, ray_cluster):
             "teacher": tiny_teacher_dir,
             "pins": {"default": 1, "versions": {1: digest or load_manifest(root, 1).digest}},
             "pin": {"name": name, "holder": "a test", "created": "now"},
+            "fence": fence,
         }  # fmt: skip
         run_worker_group(
             train_loop, config, store=store, num_workers=workers, cpus_per_worker=1,
@@ -115,6 +118,15 @@ def test_an_interrupted_run_equals_an_undisturbed_one_and_two_workers_equal_one(
     two = [{key: line[key] for key in keys} for line in _losses(train("two", steps=6, workers=2))]
     for ours, theirs in zip(two, one, strict=True):
         assert ours == pytest.approx(theirs, rel=2e-4, abs=1e-6)
+
+
+def test_workers_of_a_lost_lease_write_nothing(train, tmp_path):
+    store = open_store(str(tmp_path / "taken"))
+    with hold_lease(store, period_s=30, purpose="another training"):
+        with pytest.raises(Exception, match=r"lost its lease 7 \(lease 1 was taken by"):
+            train("taken", steps=2, fence=7)
+    assert not store.fs.exists(store.path(CHECKPOINTS))
+    assert not store.fs.exists(store.path("metrics.jsonl"))
 
 
 @pytest.mark.slow
