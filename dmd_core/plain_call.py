@@ -48,6 +48,32 @@ def call_arguments(
     return latents | {"prompt": list(prompts), "height": size[0], "width": size[1]}
 
 
+def call_in_words(
+    family: Family, prompt: str, label: int | None, size: tuple[int, int], steps: int
+) -> str:
+    """Python that makes a student's picture again from its noise `latents` (1,C,h,w), in plain
+    diffusers, called as `call_arguments` says. `pipe` is the student's pipeline; `label` is a
+    class-conditional one's; `size`: height and width in pixels."""
+    before, arguments = "", [f"latents=latents, num_inference_steps={steps}"]
+    if not family.takes("latents"):
+        before = (
+            "from diffusers import ConsistencyModelPipeline\n"
+            "pipe = ConsistencyModelPipeline(pipe.unet, pipe.scheduler)  # takes latents\n"
+        )
+    if family.pipeline == "FluxPipeline":
+        before = "latents = pipe._pack_latents(latents, *latents.shape)\n"
+    if family.on_pixels:
+        arguments[:0] = [] if label is None else [f"class_labels=[{label}]"]
+    else:
+        arguments[:0] = [repr(prompt)]
+        arguments.append(f"height={size[0]}, width={size[1]}")
+    if family.takes("use_resolution_binning"):
+        arguments.append("use_resolution_binning=False")
+    if family.takes("guidance_scale"):
+        arguments.append(f"guidance_scale={student_guidance(family):g}")
+    return f"{before}pipe({', '.join(arguments)}).images[0]"
+
+
 def samples_of(family: Family, pipeline: Any, shape: torch.Size, **arguments: Any) -> torch.Tensor:
     """Call the pipeline; its samples (B,C,h,w), pixels in [−1, 1] where it has no VAE."""
     if family.on_pixels:

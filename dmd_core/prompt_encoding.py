@@ -118,12 +118,14 @@ def _class_labels(encoder: PromptEncoder, prompts: list[str], size: Size) -> Con
     count = encoder.pipeline.unet.config.num_class_embeds
     if count is None:
         return Condition()
-    names = [name.strip().lower() for name in encoder.class_names]
-    labels = [_label(prompt, names, count) for prompt in prompts]
+    labels = [class_label(prompt, encoder.class_names, count) for prompt in prompts]
     return Condition(labels=torch.tensor(labels, device=encoder.device))
 
 
-def _label(prompt: str, names: list[str], count: int) -> int:
+def class_label(prompt: str, class_names: Sequence[str], count: int) -> int:
+    """The label that a prompt means to a model of `count` classes. Raises IndexError: it is none
+    of them."""
+    names = [name.strip().lower() for name in class_names]
     text, classes = prompt.strip().lower(), len(names) or count
     if text in names:
         return names.index(text)

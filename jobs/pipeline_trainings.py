@@ -22,7 +22,8 @@ from dmd_core.checkpoint import committed_steps
 from jobs.config import Recipe
 from jobs.export import EXPORTED
 from jobs.pins import PINNED, run_pins
-from jobs.session import _MAY_CHANGE, Session, _flat
+from jobs.run_settings import MAY_CHANGE, flat_settings, is_one_of
+from jobs.session import Session
 from pipelines.chain import read_record
 from pipelines.config import Section
 from pipelines.manifest import NoSuchVersionError, canonical_digest, load_manifest
@@ -65,7 +66,7 @@ def _inputs(recipe: Recipe, pins: Pins, teacher_revision: str) -> dict[str, Any]
     settings = {
         key: value
         for key, value in given_settings(recipe).items()
-        if not _is_one_of(key, _MAY_CHANGE) and not _is_one_of(key, _PLACES)
+        if not is_one_of(key, MAY_CHANGE) and not is_one_of(key, _PLACES)
     }
     inputs = settings | {
         "run.seed": recipe.run.seed,
@@ -82,7 +83,7 @@ def _inputs(recipe: Recipe, pins: Pins, teacher_revision: str) -> dict[str, Any]
 def given_settings(section: Section) -> dict[str, Any]:
     """Every setting that is not its default, flat. A key that a later release adds changes no
     digest of what was done before it."""
-    return _flat(section.model_dump(mode="json", exclude_defaults=True))
+    return flat_settings(section.model_dump(mode="json", exclude_defaults=True))
 
 
 def find_training(session: Session, inputs: Mapping[str, Any]) -> Training:
@@ -184,10 +185,6 @@ def _attempts(session: Session, name: str) -> list[str]:
     names = (entry.rstrip("/").rsplit("/", 1)[-1] for entry in store.fs.ls(folder, detail=False))
     numbers = sorted(int(match[1]) for entry in names if (match := pattern.fullmatch(entry)))
     return [name, *(f"{name}-{number}" for number in numbers)]
-
-
-def _is_one_of(key: str, prefixes: Any) -> bool:
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 class TrainingSession(Session):

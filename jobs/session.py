@@ -17,52 +17,10 @@ from jobs.config import Recipe, dump_recipe, load_recipe, resolve_shipped
 from jobs.display import Display, loss_fields
 from jobs.errors import Exit, JobError
 from jobs.quiet import redirected_output
+from jobs.run_settings import MAY_CHANGE, flat_settings, is_one_of
 from pipelines.storage import Store, check_writable, open_store
 
 _LIBRARIES = ("ray", "torch", "diffusers", "transformers", "pyarrow", "s3fs", "numpy")
-# Settings that may change when a run goes on; any other change is another run.
-_MAY_CHANGE = {
-    "run.dir",
-    "storage",  # the same objects by another address
-    "ray",
-    "cost",
-    "evaluate",
-    "train_teacher",
-    "train.max_train_steps",
-    "train.num_workers",
-    "train.use_gpu",
-    "train.cpus_per_worker",
-    "train.placement",
-    "train.threads_per_worker",
-    "train.max_failures",
-    "train.checkpointing_steps",
-    "train.checkpoints_total_limit",
-    "train.validation_steps",
-    "train.num_validation_images",
-    "train.report_to",
-    "train.follow_pairs",
-    "train.micro_batch_size",
-    "train.parallel",
-    "train.health",
-    "train.evaluation",
-    # What a training reads of the pairs is guarded by their manifest and the run's pins, so a list
-    # that grows, or other files and batches of the same rows, lock no run out.
-    "pairs.prompts",
-    "pairs.prompt_column",
-    "pairs.samples_per_prompt",
-    "pairs.batch_size",
-    "pairs.rows_per_block",
-    "pairs.row_group_rows",
-    "pairs.max_rejected_share",
-    "pairs.attempts",
-    "pairs.lease_seconds",
-    "pairs.keep_versions",
-    "pairs.actors",
-    "pairs.cpus_per_actor",
-    "pairs.gpus_per_actor",
-    "pairs.threads_per_actor",
-    "pairs.placement",
-}
 
 
 class Session:
@@ -116,13 +74,12 @@ class Session:
             return
         import yaml
 
-        then = _flat(yaml.safe_load(self.store.fs.cat_file(path)))
-        now = _flat(yaml.safe_load(dump_recipe(self.recipe)))
+        then = flat_settings(yaml.safe_load(self.store.fs.cat_file(path)))
+        now = flat_settings(yaml.safe_load(dump_recipe(self.recipe)))
         changed = [
             f"{key}: {then.get(key)!r} → {now.get(key)!r}"
             for key in sorted(then.keys() | now.keys())
-            if then.get(key) != now.get(key)
-            and not any(key == free or key.startswith(f"{free}.") for free in _MAY_CHANGE)
+            if then.get(key) != now.get(key) and not is_one_of(key, MAY_CHANGE)
         ]
         if changed and self._has_work():
             raise JobError(
@@ -230,12 +187,3 @@ def open_session(
     arguments: argparse.Namespace | None = None,
 ) -> Session:
     return Session(load_recipe(config, overrides), Display(quiet=quiet), arguments)
-
-
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(settings, dict):
-        return {prefix: settings}
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return flat

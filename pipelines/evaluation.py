@@ -15,7 +15,7 @@ import ray
 import safetensors.numpy
 import torch
 
-from dmd_core.families import family_of, guidance_distilled
+from dmd_core.families import family_of, guidance_distilled, left_out, part_config
 from dmd_core.features import FEATURE_SPACE, PIXELS
 from dmd_core.files import write_atomic
 from dmd_core.gallery import Gallery, load_gallery
@@ -30,7 +30,9 @@ from dmd_core.metrics import (
     retrieval,
 )
 from dmd_core.noise import sample_noise
-from dmd_core.teacher import teacher_revision
+from dmd_core.plain_call import call_in_words
+from dmd_core.prompt_encoding import class_label
+from dmd_core.teacher import class_names, teacher_revision
 from pipelines.alignment import alignment, clip_folder
 from pipelines.beside_settings import FEWEST_PROMPTS
 from pipelines.config import EvaluateSection, PairsSection
@@ -109,6 +111,7 @@ def evaluate(
         ),
         "pictures": {system: f"{FOLDER}/{path}" for system, path in files.items()},
         "noise": NOISE,
+        "again": _again(local.student, plan, images[STUDENT]),
         "provenance": asdict(plan) | revisions | provenance,
     }
     text = json.dumps(metrics, indent=2)
@@ -139,6 +142,18 @@ def save_noise(run: Store, plan: SamplingPlan, images: Images, count: int) -> No
     listing = [{"prompt": p, "seed": s} for p, s in zip(prompts, seeds, strict=True)]
     text = json.dumps(listing, indent=1, ensure_ascii=False)
     write_atomic(run.fs, run.path(NOISE_PROMPTS), text.encode())
+
+
+def _again(student: str, plan: SamplingPlan, images: Images) -> str:
+    """Python that makes the first picture again from the first of the saved noise."""
+    family, prompt, label = family_of(student), images.prompts[0], None
+    if family.on_pixels:
+        classes = part_config(student, family.model).get("num_class_embeds")
+        label = None if classes is None else class_label(prompt, class_names(student), classes)
+    without = "".join(f", {name}=None" for name in left_out(student, family))
+    height, width = images.pictures.shape[1:3]
+    called = call_in_words(family, prompt, label, (height, width), plan.student_steps)
+    return f'pipe = DiffusionPipeline.from_pretrained("student"{without})\n{called}'
 
 
 def _systems(plan: SamplingPlan, networks: Networks, *, real: bool) -> list[str]:

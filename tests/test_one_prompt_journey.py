@@ -18,6 +18,7 @@ from pipelines.manifest import latest_manifest
 from pipelines.storage import open_store
 from tests.pipelines.made_pairs import made_batch, write_file
 from tests.pipelines.sealed_sets import commit_files
+from tests.report_lines import picture_again
 
 PROMPTS = ["a red fox", *(f"a blue whale number {index}" for index in range(15))]
 
@@ -103,6 +104,8 @@ def test_one_prompt_walks_all_ten_stations(tiny_teacher_dir, tmp_path, ray_clust
     ).images[0]
     theirs = shown.pictures[shown.prompts.index("a red fox")]
     assert np.abs(np.asarray(picture).astype(int) - theirs.astype(int)).max() <= 1
+    again = picture_again(report)
+    assert np.abs(again.astype(int) - shown.pictures[0].astype(int)).max() <= 1
 
     # The whole again does nothing.
     assert set(dmd("demo")) == {"student", "report"}

@@ -3,6 +3,7 @@ its pictures are those of the student in memory."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -14,6 +15,7 @@ from dmd_core.networks import DmdNetworks, TrainerSettings
 from dmd_core.parallel import Parallel, World, whole
 from dmd_core.plain_call import (
     call_arguments,
+    call_in_words,
     family_of_pipeline,
     samples_of,
     student_guidance,
@@ -293,3 +295,24 @@ def test_our_plain_call_is_the_one_by_hand(families, name):
     given = {"guidance_scale": 0.0} if name == "pixart" else {}
     expected = call_by_hand(name, pipeline, eps, 2, **given)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "pixart", "edm", "unconditional"])
+def test_the_call_in_words_makes_the_picture_of_the_call(families, name):
+    pipeline = plain(families.folder(name))
+    teacher, eps = families.teacher(name), noise(families.teacher(name))[:1]
+    own, family = with_latents(pipeline), family_of_pipeline(pipeline)
+    labels = teacher.encode_prompts(PROMPTS[:1]).labels if family.on_pixels else None
+    arguments = call_arguments(
+        family_of_pipeline(own), PROMPTS[:1], labels, eps.clone(), teacher.size
+    )
+    if family.takes("guidance_scale"):
+        arguments["guidance_scale"] = student_guidance(family)
+    torch.manual_seed(0)
+    (expected,) = own(num_inference_steps=1, **arguments).images
+    label = None if labels is None else int(labels[0])
+    *before, last = call_in_words(family, PROMPTS[0], label, teacher.size, 1).splitlines()
+    names = {"pipe": pipeline, "latents": eps}
+    torch.manual_seed(0)
+    exec("\n".join(before), names)
+    assert np.array_equal(np.asarray(eval(last, names)), np.asarray(expected))

@@ -3,12 +3,15 @@
 import json
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
 
 from jobs.cli import main
+from pipelines.images import read_images
 from pipelines.storage import open_store
 from tests.pipelines import small_cifar10 as small
+from tests.report_lines import picture_again
 
 _SMALL = {
     "ray.num_cpus": 3,
@@ -64,6 +67,9 @@ def test_from_the_data_set_to_the_report(tmp_path):
         systems["student"]["kid"]["value"], abs=1e-3
     )
     assert "real pictures" in (run / "report.html").read_text()
+    shown = read_images(open_store(str(run)), metrics["pictures"]["student"]).pictures[0]
+    again = picture_again(run / "report.html")
+    assert np.abs(again.astype(int) - shown.astype(int)).max() <= 1
     student = DiffusionPipeline.from_pretrained(str(run / "student"))
     picture = student(batch_size=1, class_labels=[3], num_inference_steps=1, output_type="np")
     assert picture.images.shape == (1, 32, 32, 3)
