@@ -122,6 +122,7 @@ def reading(work: dict[str, Any]) -> dict[str, Any]:
     for number in range(work["repeats"]):
         found = {"scan": _scan(paths, work["limit_s"], threads=True)}
         found["scan_one_thread"] = _scan(paths, work["limit_s"], threads=False)
+        found["scan_checked"] = _scan(paths, work["limit_s"], threads=True, checked=True)
         for size in work["batch_sizes"]:
             reader = PairReader(root, manifest, number)
             found[str(size)] = _read_batches(reader, size, work["limit_s"])
@@ -139,10 +140,13 @@ def _read_batches(reader: PairReader, size: int, limit_s: float) -> float:
     return rows / (time.monotonic() - started)
 
 
-def _scan(paths: list[str], limit_s: float, *, threads: bool) -> float:
+def _scan(paths: list[str], limit_s: float, *, threads: bool, checked: bool = False) -> float:
+    """`checked`: each page's checksum is compared, as the reader does."""
+    options = pyarrow.dataset.ParquetFragmentScanOptions(page_checksum_verification=checked)
+    parquet = pyarrow.dataset.ParquetFileFormat(default_fragment_scan_options=options)
     started, rows = time.monotonic(), 0
     while rows == 0 or time.monotonic() - started < limit_s:
-        files = pyarrow.dataset.dataset(paths, format="parquet")
+        files = pyarrow.dataset.dataset(paths, format=parquet)
         for batch in files.to_batches(
             columns=["pair_id", "prompt", "noise", "latent"], use_threads=threads
         ):

@@ -28,10 +28,12 @@ within a round, and the median round counts. All use the same number of torch th
 - regenerate: the command line from start to end, with nothing to do, on that data set.
 - reading: shuffled training batches against a scan by all of pyarrow's threads in file order, both
   from memory; files as the factory writes them, latents of the teacher and of Stable Diffusion.
+  "checked scan" compares the checksum of each page, as the reader does.
 """
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -55,6 +57,7 @@ PARTS = (*SPEED, "actors", *LARGE, "reading")
 _SEALED_SHAPE, _SEALED_FILE_ROWS = (4, 4, 4), 4096
 _STABLE_DIFFUSION = (4, 64, 64)
 _BATCH_SIZES = (64, 256)
+_SCANS = {"scan": "scan", "scan_checked": "checked scan"}
 _LIBRARIES = ("ray", "torch", "diffusers", "transformers", "pyarrow", "numpy")
 
 
@@ -203,11 +206,11 @@ def measure_reading(bench: Bench, wanted: Sequence[str]) -> list[Result]:
             "batch_sizes": _BATCH_SIZES,
         }
         rounds = bench.run("reading", overrides, **settings)["rounds"]
-        for size in _BATCH_SIZES:
-            what = f"batches of {size} / scan, {name} latents"
-            ratios = [found[str(size)] / found["scan"] for found in rounds]
+        for size, (scan, of) in itertools.product(_BATCH_SIZES, _SCANS.items()):
+            what = f"batches of {size} / {of}, {name} latents"
+            ratios = [found[str(size)] / found[scan] for found in rounds]
             measured, scanned = (
-                statistics.median(found[key] for found in rounds) for key in (str(size), "scan")
+                statistics.median(found[key] for found in rounds) for key in (str(size), scan)
             )
             ratio, spread = statistics.median(ratios), (min(ratios), max(ratios))
             results.append(

@@ -130,16 +130,13 @@ class _Pairs(NamedTuple):
     latents: list[np.ndarray]
 
     def batch(self, start: int, stop: int) -> PairBatch:
-        """A copy of some of them."""
-        table, place = self.table[start:stop], self.place[start:stop]
+        """A copy of some of them, row by row: each number is moved once."""
         shape, dtype = (stop - start, *self.noise[0].shape[1:]), self.noise[0].dtype
         noise, latents = np.empty(shape, dtype), np.empty(shape, dtype)
-        for number, (its_noise, its_latents) in enumerate(
-            zip(self.noise, self.latents, strict=True)
-        ):
-            here = (table == number).nonzero()[0]
-            noise[here] = its_noise[place[here]]
-            latents[here] = its_latents[place[here]]
+        tables, places = self.table[start:stop].tolist(), self.place[start:stop].tolist()
+        for row, (table, place) in enumerate(zip(tables, places, strict=True)):
+            noise[row] = self.noise[table][place]
+            latents[row] = self.latents[table][place]
         return PairBatch(
             tuple(self.pair_ids[start:stop].tolist()),
             tuple(self.prompts[start:stop].to_pylist()),
