@@ -7,6 +7,13 @@ from contextlib import contextmanager
 import ray
 
 
+def cluster_address(given: str | None) -> str | None:
+    """The cluster to connect to: the given one, or that of RAY_ADDRESS, which Ray sets for its
+    jobs; None: there is none. A job server's URL in RAY_ADDRESS is for `dmd submit` alone."""
+    named = given or os.environ.get("RAY_ADDRESS") or None
+    return None if named is not None and named.startswith(("http://", "https://")) else named
+
+
 @contextmanager
 def ray_cluster(
     *, address: str | None, num_cpus: int, object_store_bytes: int
@@ -21,9 +28,10 @@ def ray_cluster(
         yield None
         return
     options: dict = {"log_to_driver": False, "configure_logging": False}
+    address = cluster_address(address)
     if address is not None:
         options["address"] = address
-    elif "RAY_ADDRESS" not in os.environ:
+    else:
         options |= {
             "address": "local",
             "num_cpus": num_cpus,

@@ -82,8 +82,9 @@ def read_status(record: ClusterRecord) -> Status:
             "new one, `dmd cluster down` clears up what is left"
         )
     known = {node.name: node for node in alive_nodes(record)}
-    report = _get(record, "/api/cluster_status")["data"]["clusterStatus"]["loadMetricsReport"]
-    usage = {key: tuple(report["usage"].get(key, (0.0, 0.0))) for key in ("CPU", "GPU")}
+    reported = _get(record, "/api/cluster_status")["data"]["clusterStatus"] or {}  # not at first
+    used = reported.get("loadMetricsReport", {}).get("usage", {})
+    usage = {key: tuple(used.get(key, (0.0, 0.0))) for key in ("CPU", "GPU")}
     jobs = tuple(
         JobStatus(job["submission_id"] or job["job_id"], job["status"], job["entrypoint"])
         for job in _get(record, "/api/jobs/")

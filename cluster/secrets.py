@@ -14,7 +14,7 @@ from typing import Any
 _WORDS = {"secret", "token", "password", "passwd", "credential", "credentials", "apikey"}
 _PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("account", "key")}
 _FILES = {"path", "file", "dir"}  # AWS_SHARED_CREDENTIALS_FILE: a place, not a credential
-_USER_INFO = re.compile(r"://[^/\s@]+@")
+_USER_INFO = re.compile(r"://[^/\s]+@")  # to the last @: a password may have one
 _VALUES = (
     re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{16}\b"),
     re.compile(r"\b(hf_|ghp_|github_pat_|glpat-|sk-)[A-Za-z0-9_-]{16,}"),

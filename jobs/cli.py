@@ -21,7 +21,7 @@ VERBS = {
     "export": "write the trained student as a diffusers pipeline folder",
     "evaluate": "measure the student against its teacher on held-out prompts",
     "report": "write one self-contained report.html",
-    "train-teacher": "train the miniature Stable Diffusion from captioned emoji pictures",
+    "train-teacher": "train a teacher: the miniature Stable Diffusion on emoji, or a pixel model",
     "data": "fetch a public data set through its package and check every byte (cifar10)",
     "pipeline": "regenerate, train, export, evaluate, report as one job; skips what is finished",
     "doctor": "check this machine, the store, the cluster and the teacher before money is spent",

@@ -179,7 +179,7 @@ def _check_installed() -> None:
     if missing is not None:
         raise JobError(
             f"a cluster with a job server needs ray[default], of which a part is missing "
-            f"({missing}); install it with: pip install 'one-step-dmd[cluster]'"
+            f"({missing}); install it with: pip install -e '.[cluster]'"
         )
 
 

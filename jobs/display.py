@@ -17,6 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 _POLL_SECONDS = 0.5
 _LOG_SECONDS = 5.0
@@ -39,7 +40,7 @@ class Display:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def done(self, text: str) -> None:
-        self.console.print(f"[green]✓[/green] {text}", soft_wrap=True)
+        self.console.print(Text.assemble(("✓", "green"), f" {text}"), soft_wrap=True)
 
     @contextmanager
     def stage(

@@ -47,7 +47,7 @@ def _job_server(address: str) -> Check:
     except (SubmitError, JobError) as error:
         return Check("cluster", "fail", one_line(error), "correct --address; is its port open?")
     except ImportError as error:
-        return Check("cluster", "fail", one_line(error), "pip install 'one-step-dmd[cluster]'")
+        return Check("cluster", "fail", one_line(error), "pip install -e '.[cluster]'")
     if found != ray.__version__:
         return Check("cluster", "fail", f"Ray {found} at {shown}, {ray.__version__} here", _SAME)
     return Check(

@@ -122,6 +122,7 @@ def _settle(chain: Chain, step: Step, writing: "_Writing") -> dict[str, Any]:
             "else at work in this folder? The same command goes on",
             Exit.TRANSIENT,
         )
+    writing.check()
     seconds = round(time.monotonic() - started, 3)
     record = StepRecord(step.name, inputs, output, _now(), seconds)
     write_record(step.session(chain).store, record)
@@ -224,6 +225,11 @@ class _Writing:
         )
         self._lease = self._stack.enter_context(held)
         return True
+
+    def check(self) -> None:
+        """Raises `LeaseLostError` when another process has taken over what was begun."""
+        if self._lease is not None:
+            self._lease.check()
 
     def __exit__(self, *error: Any) -> bool | None:
         return self._stack.__exit__(*error)

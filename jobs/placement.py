@@ -3,9 +3,9 @@
 Ray waits without a word for what no node can run; the words are said here.
 """
 
-import os
 from collections.abc import Sequence
 
+from cluster.local import cluster_address
 from jobs.config import Recipe
 from jobs.errors import Exit, JobError
 from jobs.session import Session
@@ -90,7 +90,7 @@ def too_full(demand: Demand, nodes: Sequence[NodeFacts], spare_cpus: float) -> s
 
 def is_embedded(recipe: Recipe) -> bool:
     """Does the recipe's work start a Ray of its own?"""
-    return recipe.ray.address is None and "RAY_ADDRESS" not in os.environ
+    return cluster_address(recipe.ray.address) is None
 
 
 def _remedy(recipe: Recipe) -> str:

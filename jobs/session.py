@@ -44,10 +44,14 @@ class Session:
 
     # ------------------------------------------------------------------ the run folder
 
-    def open_run(self) -> None:
-        """Check the folder and write `config.yaml` and `versions.json`; refuse another run's."""
+    def check_run(self) -> None:
+        """Refuse a folder that cannot be written to, and one that holds another run."""
         check_writable(self.store)
         self._refuse_other_settings()
+
+    def open_run(self) -> None:
+        """Check the folder, and write `config.yaml` and `versions.json`."""
+        self.check_run()
         write_atomic(
             self.store.fs, self.store.path("config.yaml"), dump_recipe(self.recipe).encode()
         )

@@ -86,6 +86,23 @@ def _read_runtime_env(path: str | None) -> dict[str, Any]:
         raise JobError(f"--runtime-env {path}: {yaml_problem(error)}", Exit.USAGE) from error
     if not isinstance(content, dict):
         raise JobError(f"--runtime-env {path}: expected a mapping such as `excludes:`", Exit.USAGE)
+    if "working_dir" in content:
+        raise JobError(
+            f"--runtime-env {path}: working_dir is given on the command line, as --working-dir",
+            Exit.USAGE,
+        )
+    excludes = content.get("excludes", [])
+    if not isinstance(excludes, list) or not all(isinstance(each, str) for each in excludes):
+        raise JobError(
+            f"--runtime-env {path}: excludes is {excludes!r}; expected a list of patterns",
+            Exit.USAGE,
+        )
+    from ray.runtime_env import RuntimeEnv
+
+    try:
+        RuntimeEnv(**content)
+    except (TypeError, ValueError) as error:
+        raise JobError(f"--runtime-env {path}: {error}", Exit.USAGE) from error
     return content
 
 

@@ -39,15 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(session: Session) -> dict[str, Any]:
     """Train to the end of the last stage, from the newest checkpoint if there is one. Raises
     `LeaseHeldError` while another training is at work in the run's folder."""
-    session.open_run()
+    session.check_run()
     put_aside = getattr(session.arguments, "start", None) == PREVIOUS
     if put_aside or finished_state(session, saved_steps(session)) is None:
         with hold_lease(
             session.store,
             period_s=session.recipe.pairs.lease_seconds,
             purpose="dmd train",
+            patient=True,
             on_lost=_thread.interrupt_main,
         ) as lease:
+            session.open_run()
             if put_aside:
                 _put_newest_aside(session)
             # Asked again: another process may have done it while we waited for the lease.

@@ -82,7 +82,7 @@ def delete_if_there(store: Store, path: str) -> None:
 
 def check_create_only(root: Store) -> None:
     """Refuse a store that lets a second writer overwrite: there, versions would be lost."""
-    probe = root.path("manifests", f".probe-{uuid.uuid4().hex}")
+    probe = root.path("leases", f".probe-{uuid.uuid4().hex}")
     first, second = {"commit_id": new_commit_id()}, {"commit_id": new_commit_id()}
     create_once(root, probe, first)
     overwritten = create_once(root, probe, second) or read_json(root, probe) != first

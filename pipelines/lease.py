@@ -56,9 +56,9 @@ class LeaseLostError(RuntimeError):
 class Lease:
     """A lease that is held. `check` before everything that must not be done by two."""
 
-    def __init__(self, root: Store, fence: int, period_s: float) -> None:
+    def __init__(self, root: Store, fence: int, period_s: float, *, patient: bool = False) -> None:
         self.fence = fence
-        self._root, self._period_s = root, period_s
+        self._root, self._period_s, self._patient = root, period_s, patient
         self._lost: str = ""
         self._beaten = time.monotonic()
 
@@ -86,7 +86,7 @@ class Lease:
         except LeaseLostError:
             return
         except transport_errors(self._root.fs) as error:
-            if time.monotonic() - self._beaten > self._period_s:
+            if not self._patient and time.monotonic() - self._beaten > self._period_s:
                 self.give_up(f"it could not be renewed for {self._period_s:g} s: {error}")
 
     def give_up(self, reason: str) -> None:
@@ -106,6 +106,7 @@ def hold_lease(
     *,
     period_s: float,
     purpose: str,
+    patient: bool = False,
     progress: Callable[[], dict[str, Any]] = dict,
     on_lost: Callable[[], None] | None = None,
     void_next: Callable[[Store, int, str], None] | None = None,
@@ -115,10 +116,12 @@ def hold_lease(
     Waits up to one period to see whether another holder still lives; raises `LeaseHeldError` if it
     does. `progress` is written with every beat, for whoever asks who holds the lease. `on_lost` is
     called from the beating thread; where it interrupts the block by a `KeyboardInterrupt`, that
-    becomes a `LeaseLostError`. `void_next` claims the next version's number after a take-over.
+    becomes a `LeaseLostError`. `patient`: a store that
+    does not answer is no reason to give up; for work whose every write looks at the fence itself.
+    `void_next` claims the next version's number after a take-over.
     """
     fence, taken_over = _take(root, period_s, purpose)
-    lease = Lease(root, fence, period_s)
+    lease = Lease(root, fence, period_s, patient=patient)
     if taken_over and void_next is not None:
         void_next(root, fence, f"lease {fence - 1} was taken over")
     lease.beat(0, progress)

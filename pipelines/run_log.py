@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dmd_core.files import store_errors, write_atomic
+from pipelines.fence import Fence
 from pipelines.metrics_log import MetricsLog
 from pipelines.plots import picture_grid
 from pipelines.progress import Throttle
@@ -22,18 +23,20 @@ _logger = logging.getLogger(__name__)
 class RunLog:
     """Every worker has one; rank 0's writes. `step`: the run goes on after it.
 
-    A store that is away costs a warning, not the training: lines wait in memory for the next flush,
-    pictures are made again. `surely`: they must be there, for the run ends.
+    Nothing is written once another process has taken over the run's folder. A store that is away
+    costs a warning, not the training: lines wait in memory for the next flush, pictures are made
+    again. `surely`: they must be there, for the run ends.
     """
 
     def __init__(
         self,
         store: Store,
         group: Group,
+        fence: Fence,
         report_to: TrackerName | Sequence[TrackerName],
         step: int,
     ) -> None:
-        self._store, self._writes = store, group.rank == 0
+        self._store, self._writes, self._fence = store, group.rank == 0, fence
         trackers = open_trackers(report_to, store, resume_step=step) if self._writes else ()
         self._log = MetricsLog(store, resume_step=step, trackers=trackers)
         self._due = Throttle(_FLUSH_S)
@@ -54,7 +57,7 @@ class RunLog:
 
     def pictures(self, step: int, rows: Sequence[np.ndarray], *, surely: bool = False) -> None:
         """`rows`: the teacher's above, the student's below, each (N,H,W,3) uint8."""
-        if not self._writes:
+        if not self._writes or not self._fence.holds():
             return
         path = self._store.path("samples", f"step_{step:08d}.png")
         with _patience(f"sample pictures of step {step}", surely):
@@ -62,7 +65,7 @@ class RunLog:
         self._log.add_picture("samples", step, np.concatenate(rows[1], axis=1))
 
     def flush(self, *, surely: bool = False) -> None:
-        if self._writes:
+        if self._writes and self._fence.holds():
             with _patience("metrics", surely):
                 self._log.flush()
 

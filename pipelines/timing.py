@@ -97,7 +97,7 @@ def nvml_counter(device: str) -> Callable[[], float] | str:
     try:
         import pynvml  # pyright: ignore[reportMissingImports] (an extra)
     except ImportError:
-        return "nvidia-ml-py is not installed (pip install one-step-dmd[eval])"
+        return "nvidia-ml-py is not installed (pip install -e '.[eval]')"
     try:
         pynvml.nvmlInit()
         # By its id, not its number: CUDA_VISIBLE_DEVICES renumbers devices, NVML does not.

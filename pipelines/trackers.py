@@ -55,7 +55,7 @@ def check_trackers(report_to: str | Sequence[str]) -> None:
     if "wandb" in tracker_names(report_to) and find_spec("wandb") is None:
         raise ValueError(
             "train.report_to: wandb needs the package wandb; install the extra: "
-            "pip install 'one-step-dmd[wandb]'"
+            "pip install -e '.[wandb]'"
         )
 
 

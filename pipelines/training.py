@@ -22,10 +22,11 @@ from dmd_core.parallel import World
 from dmd_core.trainer import DmdTrainer
 from pipelines.beside import Beside
 from pipelines.beside_task import EvaluationTask
+from pipelines.fence import Fence
 from pipelines.health_record import HealthRecordError, Remedies
 from pipelines.health_rules import derived, last_good
 from pipelines.health_watch import HealthWatch, StoppedError
-from pipelines.lease import LeaseLostError, check_fence
+from pipelines.lease import LeaseLostError
 from pipelines.prefetch import Prefetcher
 from pipelines.progress import Throttle
 from pipelines.run_checkpoints import RunCheckpoints
@@ -59,9 +60,10 @@ def train_loop(config: dict[str, Any]) -> None:
 
 class _DmdRun:
     def __init__(self, config: dict[str, Any]) -> None:
-        self.group, self.board, self.fence = Group.here(), config.get("board"), config["fence"]
+        self.group, self.board = Group.here(), config.get("board")
         self.inputs = RunInputs(config, self.group)
         self.section, self.store = self.inputs.section, self.inputs.store
+        self.fence = Fence(self.store, config["fence"])
         self.versions, self.pins = self.inputs.versions, self.inputs.pins
         self.teacher = self.inputs.teacher
         self.networks = DmdNetworks(
@@ -110,7 +112,9 @@ class _DmdRun:
         step = self.checkpoints.newest(self.health.read())
         if step is not None:
             self._restore(step)
-        self.log = RunLog(self.store, self.group, self.section.report_to, self.progress.step)
+        self.log = RunLog(
+            self.store, self.group, self.fence, self.section.report_to, self.progress.step
+        )
         self.health.replay(self.log.lines)
         self.beside.resume(self.progress.step, finished=self.finished)
         if self.progress.step == 0:
@@ -243,7 +247,7 @@ class _DmdRun:
 
     def _check_lease(self) -> None:
         """Who started this training may be frozen or cut off, and another one at work here."""
-        self.group.first(lambda: check_fence(self.store, self.fence))
+        self.group.first(self.fence.check)
 
     def _save(self) -> None:
         self._check_lease()

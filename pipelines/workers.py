@@ -5,8 +5,11 @@ is not used, so every start may have a fresh Ray run name and any Ray version ma
 """
 
 import os
+import signal
+import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -72,7 +75,7 @@ def run_worker_group(
     group changes; `max_failures` does not count the loss of a preempted node.
     """
     resources = {"CPU": cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
-    TorchTrainer(
+    trainer = TorchTrainer(
         loop,
         train_loop_config=config,
         scaling_config=ScalingConfig(
@@ -89,7 +92,27 @@ def run_worker_group(
             failure_config=FailureConfig(max_failures=max_failures),
         ),
         validation_config=validation,
-    ).fit()
+    )
+    with _interruptible():
+        trainer.fit()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C in the block is a `KeyboardInterrupt`, once Ray Train has ended the run for it, and
+    after the block, too: Ray Train's own handler ends the process and is left in place for good."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as stop:
+        if stop.code not in (None, 0, 1):  # SIGTERM, to Ray's other handler
+            raise
+        raise KeyboardInterrupt from stop
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def set_threads(threads: int | None) -> None:

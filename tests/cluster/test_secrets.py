@@ -177,6 +177,7 @@ def test_an_address_with_a_password_is_shown_without(fake, monkeypatch, capfd):
         JobServer(f"http://me:{CANARY}@127.0.0.1:9")
     assert CANARY not in str(caught.value)
     assert without_user_info("a b://c:d@e f://g@h") == "a b://…@e f://…@h"
+    assert without_user_info("b://me:p@ss@host:8265") == "b://…@host:8265"
 
 
 def test_rays_own_client_leaves_out_the_same_files():

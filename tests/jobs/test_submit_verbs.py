@@ -280,12 +280,18 @@ def test_a_dry_run_shows_and_sends_nothing(fake, capfd):
         (["pairs", "--id", "../x"], "expected letters"),
         (["pairs", "--runtime-env", "my.yml"], "my.yml"),
         (["pairs", "--runtime-env", "list.yaml"], "expected a mapping"),
+        (["pairs", "--runtime-env", "excludes.yaml"], "expected a list of patterns"),
+        (["pairs", "--runtime-env", "variables.yaml"], "variables.yaml: runtime_env['env_vars']"),
+        (["pairs", "--runtime-env", "folder.yaml"], "as --working-dir"),
     ],
 )
 def test_what_would_fail_there_is_refused_here(fake, folder, capfd, words, expected):
     (folder.parent / "out.yaml").write_text(RECIPE)
     (folder / ".gitignore").write_text("hidden.yaml\n*.ignored\n")
     (folder / "list.yaml").write_text("- a\n")
+    (folder / "excludes.yaml").write_text("excludes: data\n")
+    (folder / "variables.yaml").write_text("env_vars: {A: 1}\n")
+    (folder / "folder.yaml").write_text("working_dir: s3://bucket/code.zip\n")
     for name in ("hidden.yaml", "a.ignored", "sd15/unet.safetensors", "sd15/model_index.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(RECIPE)

@@ -244,4 +244,5 @@ def test_a_run_folder_has_one_training_at_a_time(train, words):
         code, message = train(*words)
     assert code == Exit.TRANSIENT
     assert "is being written by process 7 on elsewhere: dmd train" in message
+    assert not run.fs.exists(run.path("config.yaml"))  # the other one's would be overwritten
     assert not run.fs.exists(run.path("checkpoints"))

@@ -146,6 +146,22 @@ def test_a_lease_that_cannot_be_renewed_is_lost_after_a_period(tmp_path, monkeyp
         monkeypatch.undo()
 
 
+def test_a_patient_holder_outlasts_a_store_that_is_away(tmp_path, monkeypatch):
+    root, lost, asked = open_store(str(tmp_path / "set")), threading.Event(), threading.Semaphore(0)
+    with hold(root, patient=True, on_lost=lost.set) as lease:
+
+        def refuse(*_):
+            asked.release()
+            raise OSError("no route to host")
+
+        monkeypatch.setattr(module, "_write_json", refuse)
+        for _ in range(8):  # five of them are a period
+            assert asked.acquire(timeout=10)
+        monkeypatch.undo()
+        lease.check()
+    assert not lost.is_set()
+
+
 def test_progress_that_cannot_be_told_does_not_end_the_beats(tmp_path):
     """It is written into the same store: one failed request must not cost the lease."""
     root, told = open_store(str(tmp_path / "set")), threading.Semaphore(0)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 
+from cluster.local import cluster_address
 from jobs.config import load_recipe
 from jobs.errors import Exit, JobError
 from jobs.placement import check_room, pairs_demand, too_full
@@ -192,3 +193,20 @@ def test_work_goes_where_the_recipe_says_and_the_head_has_none(tiny_teacher_dir,
     (teachers,) = (nodes for name, nodes in placed.items() if "TeacherActor" in name)
     assert teachers == ["teachers", "teachers"]
     assert placed["RayTrainWorker"] == ["trainers", "trainers"]
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "expected"),
+    [
+        (None, None, None),
+        (None, "", None),
+        (None, "http://head:8265", None),  # for `dmd submit`
+        (None, "10.0.0.1:6379", "10.0.0.1:6379"),
+        ("auto", "10.0.0.1:6379", "auto"),
+    ],
+)
+def test_a_job_server_is_no_cluster_to_connect_to(monkeypatch, given, environment, expected):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("RAY_ADDRESS", environment)
+    assert cluster_address(given) == expected
