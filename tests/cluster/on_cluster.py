@@ -1,14 +1,17 @@
 """A user's terminal beside a local cluster, and what is seen of the jobs from outside."""
 
+import base64
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import psutil
 import pyarrow.parquet as pq
@@ -123,3 +126,10 @@ def _title(process: psutil.Process) -> str:
     with suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
+
+
+def holding(everything: Mapping[str, bytes], secret: str) -> list[str]:
+    """Names of what holds the secret as it is, or as URLs, JSON or base64 would write it."""
+    forms = {secret, quote(secret, safe=""), json.dumps(secret)[1:-1]}
+    encoded = {form.encode() for form in forms} | {base64.b64encode(secret.encode())[:-4]}
+    return [name for name, data in everything.items() if any(form in data for form in encoded)]

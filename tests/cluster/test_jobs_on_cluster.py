@@ -12,24 +12,25 @@ from cluster.local_cluster import LocalCluster, local_cluster
 from dmd_core.files import is_local
 from jobs.config import load_recipe
 from pipelines.config import StorageSection
-from pipelines.storage import open_store
+from pipelines.storage import Store, open_store
+from tests import s3_servers
 from tests.chaos.whole import assert_whole, landed_table_ids, sealed_manifests, stored_ids
 from tests.cluster.on_cluster import (
     Terminal,
     arguments,
     committed_rows,
+    holding,
     kill_node_with,
     nodes_with,
 )
-from tests.s3_servers import new_bucket
 
 PROMPTS, BLOCK = 64, 8
 TEACHER, TRAINER, SAMPLER = "TeacherActor", "RayTrainWorker", "_SamplerActor"
 CANARY = f"canary{uuid.uuid4().hex}"
+_CREDENTIALS = {"AWS_ACCESS_KEY_ID": "keyofthecluster", "AWS_SECRET_ACCESS_KEY": CANARY}
 # The cluster's own: credentials of the store, and less patience of Ray Train with a lost node.
 _OF_CLUSTER = {
-    "AWS_ACCESS_KEY_ID": "cluster",
-    "AWS_SECRET_ACCESS_KEY": CANARY,
+    **_CREDENTIALS,
     "OMP_NUM_THREADS": "1",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -189,31 +190,42 @@ def test_a_schedule_fires_twice_and_makes_only_what_is_new(terminal, tmp_path, t
 # ------------------------------------------------------------------------ a store, and its secret
 
 
+@pytest.fixture
+def strict_store(tmp_path, monkeypatch) -> Iterator[Store]:
+    """Of a server that knows the cluster's credentials alone; here they are for this process."""
+    for name, value in _CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(s3_servers, "ACCESS_KEY", _CREDENTIALS["AWS_ACCESS_KEY_ID"])
+    monkeypatch.setattr(s3_servers, "SECRET_KEY", CANARY)
+    with s3_servers.seaweedfs(tmp_path / "seaweed") as url:
+        yield s3_servers.new_bucket(StorageSection(endpoint_url=url), "run")
+
+
 def test_a_run_on_s3_has_its_credentials_from_the_cluster_and_tells_nobody(
-    cluster, terminal, tmp_path, tiny_teacher_dir, s3_endpoint
+    cluster, terminal, tmp_path, tiny_teacher_dir, strict_store
 ):
-    store = new_bucket(StorageSection(endpoint_url=s3_endpoint), "run")
+    """Then every byte that was left behind anywhere is searched for the secrets."""
+    store = strict_store
     run = tiny(tmp_path / "local", tiny_teacher_dir, prompts=16)
-    job = run | {"run.dir": store.url, "storage.endpoint_url": s3_endpoint}
+    job = run | {"run.dir": store.url, "storage.endpoint_url": store.fs.endpoint_url}
     said = terminal.ray_submit("pipeline", job).finish()
     newest = json.loads(store.fs.cat_file(store.path("latest.json")))
     assert newest["report"].startswith(store.url) and not is_local(store.fs)
     report = open_store(newest["report"], load_recipe("tiny", arguments(job)[3::2]).storage)
+    left = Path(cluster.record.place.root)
     places = {
         "the terminal": said.encode(),
         "the job server": job_server_says(cluster),
         "the report": report.fs.cat_file(report.root),
         **{path: store.fs.cat_file(path) for path in store.fs.find(store.root)},
+        **{str(path): path.read_bytes() for path in left.rglob("*") if path.is_file()},
     }
-    for folder in cluster.logs():
-        for path in folder.rglob("*"):
-            if path.is_file():
-                places[str(path)] = path.read_bytes()
-    token = Path(cluster.record.place.token).read_text()
-    assert any(b"jobs.pipeline" in content for content in places.values())
-    for secret in (CANARY, token):
-        told = [place for place, content in places.items() if secret.encode() in content]
-        assert told == []
+    names = "\n".join(places)
+    for expected in ("job-driver-", "config.yaml", "versions.json", "manifest", "checkpoints"):
+        assert expected in names
+    assert "the job server" in holding(places, "jobs.pipeline")  # it finds what is there
+    for secret in (CANARY, Path(cluster.record.place.token).read_text()):
+        assert holding(places, secret) == []
 
 
 def job_server_says(cluster: LocalCluster) -> bytes:
