@@ -31,6 +31,7 @@ from pipelines.train_config import TrainSection
 _SHIPPED = {
     "shipped:emoji": "emoji-teacher",
     "shipped:demo": "demo_prompts.txt",
+    "shipped:few": "few_prompts.txt",
     "shipped:held_out": "held_out_prompts.txt",
     "shipped:cifar10": "cifar10_classes.txt",
 }

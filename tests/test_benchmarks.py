@@ -1,6 +1,7 @@
 """The arithmetic of the benchmarks; what they measure is run by hand."""
 
 import pytest
+import yaml
 
 from benchmarks.pair_bench import Result, compared, steady_rate
 from benchmarks.train import leaner
@@ -8,6 +9,7 @@ from benchmarks.train_loops import rate_after
 from benchmarks.train_networks import Case, write_teacher
 from benchmarks.train_ours import ours
 from benchmarks.train_work import peak_between, weights_of
+from benchmarks.two_losses import compare
 
 
 def test_the_steady_rate_leaves_out_the_first_batch_and_what_came_before_it():
@@ -90,3 +92,14 @@ def test_our_side_takes_a_step_of_every_loss(tmp_path):
         True,
     ]
     assert len(weights_of(side)) == 4
+
+
+def test_runs_that_differ_in_more_than_the_loss_are_not_compared(tmp_path):
+    for name, rate in (("both", 1e-4), ("regression", 2e-4)):
+        train = {"dm_weight": float(name == "both"), "learning_rate": rate}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text("{}")
+        content = yaml.safe_dump({"train": train, "pairs": {}})
+        (tmp_path / name / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=r"differ in \['train.dm_weight', 'train.learning_rate'\]"):
+        compare(tmp_path / "both", tmp_path / "regression")

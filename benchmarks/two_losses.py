@@ -1,0 +1,93 @@
+"""Does distribution matching help beside the regression on pairs? Two evaluated runs, compared.
+
+    dmd demo --config few-pairs
+    dmd demo --config few-pairs --set run.dir=runs/regression --set train.dm_weight=0
+    python -m benchmarks.two_losses --both runs/few-pairs --regression runs/regression
+
+Both students are measured against the same draw of the teacher. Writes
+`benchmarks/results/two_losses_cpu.json`: the metrics of both runs, and the paired difference of
+their students' KID, negative where the first is nearer.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.one_step import _processor
+from dmd_core.metrics import kid_difference
+from pipelines.evaluation import METRICS, reference_of, verdict
+from pipelines.images import Images, read_images
+from pipelines.storage import open_store
+from pipelines.systems import STUDENT
+
+RESULTS = Path(__file__).parent / "results" / "two_losses_cpu.json"
+_OF_BOTH = ("systems", "comparisons", "timing")
+_TRAINED = ("train", "pairs")
+_PLACES = ("pairs.root", "pairs.prompts")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--both", required=True, help="run with both losses")
+    parser.add_argument("--regression", required=True, help="the same with train.dm_weight 0")
+    parser.add_argument("--out", default=str(RESULTS))
+    options = parser.parse_args()
+    content = compare(Path(options.both), Path(options.regression))
+    Path(options.out).write_text(json.dumps(content, indent=1) + "\n")
+    found = content["student_kid_difference"]
+    print(
+        f"{options.out}: both − regression alone {found['value']:.4f} "
+        f"({found['low']:.4f} to {found['high']:.4f}), nearer: {content['both_is_nearer']}"
+    )
+    return 0
+
+
+def compare(both: Path, regression: Path) -> dict[str, Any]:
+    """The content of the result. Raises ValueError for runs that differ in more than the loss."""
+    runs = {"both": both, "regression": regression}
+    metrics = {name: json.loads((run / METRICS).read_text()) for name, run in runs.items()}
+    settings = {name: _settings(run) for name, run in runs.items()}
+    changed = sorted(
+        key for key in settings["both"] if settings["both"][key] != settings["regression"][key]
+    )
+    if changed != ["train.dm_weight"]:
+        raise ValueError(f"the runs differ in {changed}; expected train.dm_weight alone")
+    images = {name: _pictures(run, metrics[name]) for name, run in runs.items()}
+    against = reference_of(images["both"])
+    difference = kid_difference(
+        *(images[name][STUDENT].features for name in runs),
+        images["both"][against].features,
+        confidence=metrics["both"]["confidence"],
+    )
+    return {
+        "settings": {key: v for key, v in settings["both"].items() if key not in _PLACES},
+        "samples": len(images["both"][STUDENT].prompts),
+        "reference": against,
+        "student_kid_difference": asdict(difference),
+        "both_is_nearer": verdict(difference),
+        **{name: {key: metrics[name][key] for key in _OF_BOTH} for name in runs},
+        "hardware": {"processor": _processor(), "cores": os.cpu_count()},
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("torch", "diffusers", "ray")
+        },
+    }
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    return {f"{part}.{key}": value for part in _TRAINED for key, value in content[part].items()}
+
+
+def _pictures(run: Path, metrics: dict[str, Any]) -> dict[str, Images]:
+    store = open_store(str(run))
+    return {name: read_images(store, path) for name, path in metrics["pictures"].items()}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
