@@ -125,6 +125,7 @@ def render_report(inputs: ReportInputs, template: str) -> str:
         findings=findings(metrics),
         tiles=tiles(metrics),
         cards=_cards(inputs),
+        student_steps=metrics["systems"][STUDENT]["network_evaluations"],
         again=metrics.get("again", ""),
         curves=[
             {"name": name, "svg": Markup(loss_curve(steps, values, name, marks))}

@@ -137,6 +137,14 @@ def test_page_runs_nothing_and_fetches_nothing(page):
     assert "url(" not in style and "@import" not in style
 
 
+def test_the_lines_that_make_the_first_picture_again_are_shown_where_they_are_known():
+    title = "To make the first student picture again"
+    assert title not in render_report(_inputs(), TEMPLATE)
+    metrics = _metrics() | {"again": "pipe(class_labels=[3], latents=latents)"}
+    page = render_report(_inputs(metrics=metrics), TEMPLATE)
+    assert title in page and "pipe(class_labels=[3], latents=latents)</code>" in page
+
+
 def test_prompts_are_text_never_markup(page):
     assert page.text.count(HOSTILE) == 1  # its heading; in the attributes it is unescaped too
     assert any(image.get("alt") == f"Teacher: {HOSTILE}" for image in page.all("img"))
