@@ -335,7 +335,9 @@ def test_nodes_come_and_go_and_another_ray_does_not_notice(tmp_path):
             assert [node.state for node in cluster.status().nodes] == ["alive"] * 4
             for log in (file for folder in cluster.logs() for file in folder.rglob("*")):
                 assert not log.is_file() or secret.encode() not in log.read_bytes(), log
-            os.kill(cluster.record.nodes[0].process.pid, signal.SIGKILL)
+            head = cluster.record.nodes[0].process
+            os.kill(head.pid, signal.SIGKILL)
+            wait_until(lambda: find(head) is None)
             with pytest.raises(ClusterError, match="head is gone"):
                 cluster.status()
             cluster.up(Size(nodes=2, cpus=1, object_store_mb=100), tied=True)

@@ -55,7 +55,7 @@ def test_from_the_data_set_to_the_report(tmp_path):
     assert metrics["prompts"] == 20 and metrics["reference"] == "real"
     assert metrics["feature_space"] == "Inception-v3 2015-12-05 pool (2048)"
     systems = metrics["systems"]
-    assert set(systems) == {"teacher", "student", "start", "mean", "teacher_2"}
+    assert set(systems) == {"teacher", "student", "start", "mean", "teacher_5"}
     assert systems["teacher"]["network_evaluations"] == 5  # Heun: 2 n − 1
     assert systems["student"]["network_evaluations"] == 1
     for entry in systems.values():
