@@ -283,6 +283,7 @@ def label_of(teacher: str):
         return TeacherChecks(session, session.teacher_dir).label(deep=False)
 
 
+@pytest.mark.slow
 def test_the_shipped_teacher_predicts_what_it_says():
     check = label_of(resolve_shipped("shipped:emoji"))
     assert check.status == "ok" and "labelled v_prediction" in check.found

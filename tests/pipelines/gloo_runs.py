@@ -68,6 +68,7 @@ class Order:
             "train": _DEFAULTS | self.train, "pairs": PAIRS.model_dump(), "seed": _SEED,
             "storage": StorageSection().model_dump(), "dir": self.folder, "root": self.root,
             "teacher": self.teacher, "pins": {"default": 1, "versions": {1: manifest.digest}},
+            "fence": 0,  # nobody has taken a lease
         }  # fmt: skip
 
 

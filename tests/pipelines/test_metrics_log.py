@@ -239,5 +239,5 @@ def test_trackers_are_checked_at_the_door(monkeypatch):
         check_trackers(("none", "wandb"))
     monkeypatch.setitem(sys.modules, "wandb", None)
     check_trackers("tensorboard")
-    with pytest.raises(ValueError, match=r"report_to: wandb needs .*one-step-dmd\[wandb\]"):
+    with pytest.raises(ValueError, match=r"report_to: wandb needs .*-e '\.\[wandb\]'"):
         check_trackers(["tensorboard", "wandb"])
