@@ -21,6 +21,7 @@ import yaml
 
 from benchmarks.one_step import _processor
 from dmd_core.metrics import kid_difference
+from jobs.run_settings import flat_settings
 from pipelines.evaluation import METRICS, reference_of, verdict
 from pipelines.images import Images, read_images
 from pipelines.storage import open_store
@@ -81,7 +82,7 @@ def compare(both: Path, regression: Path) -> dict[str, Any]:
 
 def _settings(run: Path) -> dict[str, Any]:
     content = yaml.safe_load((run / "config.yaml").read_text())
-    return {f"{part}.{key}": value for part in _TRAINED for key, value in content[part].items()}
+    return flat_settings({part: content[part] for part in _TRAINED})
 
 
 def _pictures(run: Path, metrics: dict[str, Any]) -> dict[str, Images]:

@@ -41,7 +41,8 @@ def run(session: Session) -> dict[str, Any]:
     `LeaseHeldError` while another training is at work in the run's folder."""
     session.check_run()
     put_aside = getattr(session.arguments, "start", None) == PREVIOUS
-    if put_aside or finished_state(session, saved_steps(session)) is None:
+    done = None if put_aside else finished_state(session, saved_steps(session))
+    if done is None:
         with hold_lease(
             session.store,
             period_s=session.recipe.pairs.lease_seconds,
@@ -53,10 +54,10 @@ def run(session: Session) -> dict[str, Any]:
             if put_aside:
                 _put_newest_aside(session)
             # Asked again: another process may have done it while we waited for the lease.
-            if finished_state(session, saved_steps(session)) is None:
+            done = finished_state(session, saved_steps(session))
+            if done is None:
                 return _go_on(session, lease)
     _settle_evaluations(session)
-    done = newest_state(session, saved_steps(session))
     session.display.done(f"train: nothing to do, step {done['step']} is reached")
     return _result(done, trained=False)
 
