@@ -18,7 +18,6 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dmd_core import checkpoint_writer
 from dmd_core.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -32,6 +31,7 @@ from dmd_core.checkpoint import (
     save_checkpoint,
     stored_tensors,
     unpack_optimizer,
+    writer,
 )
 
 FS = LocalFileSystem(auto_mkdir=True)
@@ -181,13 +181,13 @@ def _check_a_failure(rank: int, root: str, saver: CheckpointSaver, state: State)
     def full(*_args, **_kwargs) -> None:
         raise SafetensorError("no space left on device")
 
-    real = checkpoint_writer.safetensors.torch.save_file
+    real = writer.safetensors.torch.save_file
     if rank == 2:
-        checkpoint_writer.safetensors.torch.save_file = full
+        writer.safetensors.torch.save_file = full
     saver.save(Checkpoint(3, state.parts(), STATE))
     with pytest.raises(CheckpointError, match="no space left") as raised:
         saver.wait()
-    checkpoint_writer.safetensors.torch.save_file = real
+    writer.safetensors.torch.save_file = real
     said = [None] * dist.get_world_size()
     dist.all_gather_object(said, (str(raised.value), str(saver.failed())))
     assert len(set(said)) == 1

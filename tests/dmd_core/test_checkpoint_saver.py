@@ -9,7 +9,6 @@ import safetensors.torch
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from dmd_core import checkpoint_saver
 from dmd_core.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -17,6 +16,9 @@ from dmd_core.checkpoint import (
     committed_steps,
     load_checkpoint,
     prune_checkpoints,
+)
+from dmd_core.checkpoint import (
+    saver as saving,
 )
 
 FS = LocalFileSystem(auto_mkdir=True)
@@ -126,14 +128,14 @@ def test_a_bug_is_not_taken_for_a_failed_save(saver):
 
 
 def test_a_failed_save_does_not_keep_its_copies(disk, saver, monkeypatch):
-    copies, real = [], checkpoint_saver._copied
+    copies, real = [], saving._copied
 
     def copied(tensor: torch.Tensor) -> torch.Tensor:
         copy = real(tensor)
         copies.append(weakref.ref(copy))
         return copy
 
-    monkeypatch.setattr(checkpoint_saver, "_copied", copied)
+    monkeypatch.setattr(saving, "_copied", copied)
     disk.go.set()
     for error in (OSError("full"), None):
         disk.error = error

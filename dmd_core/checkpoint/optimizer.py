@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
-from dmd_core.checkpoint_format import CheckpointError, Tensors
+from dmd_core.checkpoint.format import CheckpointError, Tensors
 
 _COUNTER = "step"  # a scalar of the optimizer, also beside a parameter that is a scalar
 

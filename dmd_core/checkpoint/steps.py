@@ -5,8 +5,8 @@ from collections.abc import Collection
 
 from fsspec import AbstractFileSystem
 
-from dmd_core.checkpoint_folder import read_bytes, remove_folder, sync_folder
-from dmd_core.checkpoint_format import DISCARDED, MARKER, CheckpointError, checkpoint_path
+from dmd_core.checkpoint.folder import read_bytes, remove_folder, sync_folder
+from dmd_core.checkpoint.format import DISCARDED, MARKER, CheckpointError, checkpoint_path
 from dmd_core.files import join, write_atomic
 
 _NAME = re.compile(r"checkpoint-([0-9]{8,18})")

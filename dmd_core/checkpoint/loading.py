@@ -1,11 +1,4 @@
-"""Station 7: training state ↔ a folder whose marker is written last.
-
-A checkpoint is `checkpoint-<step>/` with `<part>-<rank>.safetensors`, `index.json` (which piece of
-which tensor lies where), `state.json`, and `MANIFEST.json` (size and sha256 of every file), written
-after everything else. No manifest: the folder does not exist for us. A manifest whose files do not
-match is an error, never "start at step 0". torch.distributed.checkpoint plans what each rank writes
-and reads, so that a state fits any number of ranks; the storage is ours, without pickle.
-"""
+"""Reading: a whole checkpoint in one process, or each rank's part into tensors that are there."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,74 +11,22 @@ from fsspec import AbstractFileSystem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from dmd_core.checkpoint_folder import MarkedFolder
-from dmd_core.checkpoint_format import (
+from dmd_core.checkpoint.folder import MarkedFolder
+from dmd_core.checkpoint.format import (
     INDEX,
-    MARKER,
     STATE,
     CheckpointError,
     Parts,
-    Tensors,
     UntrustedError,
     checkpoint_path,
     parse_index,
     parse_object,
 )
-from dmd_core.checkpoint_optimizer import optimizer_targets, pack_optimizer, unpack_optimizer
-from dmd_core.checkpoint_ranks import Ranks, failure_of
-from dmd_core.checkpoint_reader import FolderReader
-from dmd_core.checkpoint_saver import Checkpoint, CheckpointSaver, stage, write
-from dmd_core.checkpoint_steps import (
-    check_committed,
-    collect_orphans,
-    committed_steps,
-    discard_checkpoint,
-    prune_checkpoints,
-    remove_checkpoint,
-)
+from dmd_core.checkpoint.ranks import Ranks, failure_of
+from dmd_core.checkpoint.reader import FolderReader
+from dmd_core.checkpoint.saver import Checkpoint
+from dmd_core.checkpoint.steps import check_committed, committed_steps
 from dmd_core.files import join
-
-__all__ = [
-    "MARKER",
-    "Checkpoint",
-    "CheckpointError",
-    "CheckpointSaver",
-    "Tensors",
-    "checkpoint_path",
-    "collect_orphans",
-    "committed_steps",
-    "damage",
-    "discard_checkpoint",
-    "load_checkpoint",
-    "optimizer_targets",
-    "pack_optimizer",
-    "prune_checkpoints",
-    "read_state",
-    "remove_checkpoint",
-    "restore_checkpoint",
-    "save_checkpoint",
-    "stored_tensors",
-    "unpack_optimizer",
-]
-
-# ---------------------------------------------------------------------- saving and restoring
-
-
-def save_checkpoint(
-    fs: AbstractFileSystem,
-    root: str,
-    checkpoint: Checkpoint,
-    group: dist.ProcessGroup | None = None,
-    alone: bool = False,
-) -> str:
-    """Write the parts, then the marker; returns the checkpoint's path.
-
-    Every rank of `group` (default: all) calls it; `alone`: this process alone. What an older
-    checkpoint of this step left is removed first. Raises `CheckpointError` on every rank if one
-    could not write.
-    """
-    ranks = Ranks.of(group, alone)
-    return write(fs, root, stage(checkpoint, ranks, copy=False), ranks)
 
 
 def load_checkpoint(

@@ -22,15 +22,15 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.tensor import DTensor
 
-from dmd_core.checkpoint_format import (
+from dmd_core.checkpoint.format import (
     DTYPE_NAMES,
     CheckpointError,
     Tensors,
     check_part_name,
     checkpoint_path,
 )
-from dmd_core.checkpoint_ranks import Ranks, failure_of
-from dmd_core.checkpoint_writer import FolderWriter
+from dmd_core.checkpoint.ranks import Ranks, failure_of
+from dmd_core.checkpoint.writer import FolderWriter
 from dmd_core.files import store_errors
 
 # One process alone is one of our cases, and nothing to warn of at every save.
@@ -56,6 +56,23 @@ class Staged:
     plan: SavePlan
     tensors: Tensors
     state: bytes
+
+
+def save_checkpoint(
+    fs: AbstractFileSystem,
+    root: str,
+    checkpoint: Checkpoint,
+    group: dist.ProcessGroup | None = None,
+    alone: bool = False,
+) -> str:
+    """Write the parts, then the marker; returns the checkpoint's path.
+
+    Every rank of `group` (default: all) calls it; `alone`: this process alone. What an older
+    checkpoint of this step left is removed first. Raises `CheckpointError` on every rank if one
+    could not write.
+    """
+    ranks = Ranks.of(group, alone)
+    return write(fs, root, stage(checkpoint, ranks, copy=False), ranks)
 
 
 class CheckpointSaver:

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dmd_core.checkpoint_format import CheckpointError
+from dmd_core.checkpoint.format import CheckpointError
 
 T = TypeVar("T")
 

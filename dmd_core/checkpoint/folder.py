@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fsspec import AbstractFileSystem
 
-from dmd_core.checkpoint_format import (
+from dmd_core.checkpoint.format import (
     DISCARDED,
     MARKER,
     MAX_JSON_BYTES,

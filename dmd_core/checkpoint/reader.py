@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from dmd_core.checkpoint_folder import MarkedFolder
-from dmd_core.checkpoint_format import DTYPE_NAMES, Parts, StoredChunk, UntrustedError
+from dmd_core.checkpoint.folder import MarkedFolder
+from dmd_core.checkpoint.format import DTYPE_NAMES, Parts, StoredChunk, UntrustedError
 from dmd_core.files import join, store_errors
 
 

@@ -23,13 +23,13 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from dmd_core.checkpoint_folder import (
+from dmd_core.checkpoint.folder import (
     check_size,
     digest,
     remove_folder,
     sync_folder,
 )
-from dmd_core.checkpoint_format import (
+from dmd_core.checkpoint.format import (
     INDEX,
     MARKER,
     STATE,
