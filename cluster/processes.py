@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import psutil
 
-_PATIENCE_S = 20.0  # a node that is asked to end gets this long before it is killed
+_PATIENCE_S = 10.0  # a node that is asked to end gets this long before it is killed
 _ORPHANED_S = 3.0  # and what it has started this much more
 _KILLED_S = 10.0
 

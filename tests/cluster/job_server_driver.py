@@ -1,4 +1,4 @@
-"""Run by test_submit.py beside a real job server: a schedule, and one tiny job."""
+"""Run by test_jobs_on_cluster.py beside a real job server: a schedule, and one tiny job."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def _schedule_once(address: str) -> dict:
         "recovered": recovered.outcome,
         "recovered_detail": recovered.detail,
         "status": status,
-        "jobs": sum(1 for job in client.list_jobs() if job.submission_id is not None),
+        "jobs": [job.submission_id for job in client.list_jobs()].count(first.submission_id),
         "help_in_log": "usage: dmd pairs" in client.get_job_logs(first.submission_id),
     }
 

@@ -1,6 +1,10 @@
 """Verbs as jobs of a local cluster of three nodes, started as users do, and nodes that die."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +15,14 @@ import requests
 from cluster.local_cluster import LocalCluster, local_cluster
 from dmd_core.files import is_local
 from jobs.config import load_recipe
+from jobs.errors import Exit
 from pipelines.config import StorageSection
 from pipelines.storage import Store, open_store
 from tests import s3_servers
 from tests.chaos.whole import assert_whole, landed_table_ids, sealed_manifests, stored_ids
 from tests.cluster.on_cluster import (
+    ROOT,
+    Command,
     Terminal,
     arguments,
     committed_rows,
@@ -28,10 +35,12 @@ PROMPTS, BLOCK = 64, 8
 TEACHER, TRAINER, SAMPLER = "TeacherActor", "RayTrainWorker", "_SamplerActor"
 CANARY = f"canary{uuid.uuid4().hex}"
 _CREDENTIALS = {"AWS_ACCESS_KEY_ID": "keyofthecluster", "AWS_SECRET_ACCESS_KEY": CANARY}
-# The cluster's own: credentials of the store, and less patience of Ray Train with a lost node.
+# The cluster's own: credentials of the store, and less patience with a lost node, of Ray and of Ray
+# Train (a node that does not answer five times is dead; Ray asks every three seconds).
 _OF_CLUSTER = {
     **_CREDENTIALS,
     "OMP_NUM_THREADS": "1",
+    "RAY_health_check_period_ms": "1000",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
@@ -187,6 +196,47 @@ def test_a_schedule_fires_twice_and_makes_only_what_is_new(terminal, tmp_path, t
     assert outcomes.count("submitted") >= 2
 
 
+# ------------------------------------------------------------------------ the job server
+
+
+def test_a_terminal_dies_and_another_takes_over(cluster, terminal, tmp_path, tiny_teacher_dir):
+    job = tiny(tmp_path / "run", tiny_teacher_dir, prompts=4000) | {"pairs.steps": 40}
+    words = ["submit", "pairs", *arguments(job)]
+    refused = terminal.dmd(*words, "--set", "pairs.prompts=/nowhere.txt")
+    assert refused.process.wait(200) == Exit.REFUSED and "/nowhere.txt" in refused.said
+    first = terminal.dmd(*words)
+    first.wait_until(lambda: rows_told(first) > 0, "progress")
+    first.kill()
+    said = terminal.dmd("jobs", "--json").finish()
+    (row,) = [row for row in json.loads(said)["jobs"] if row["state"] == "RUNNING"]
+    assert row["progress"].startswith("pairs: ") and row["verb"] == "pairs"
+    other = terminal.dmd("attach")
+    other.wait_until(lambda: rows_told(other) > rows_told(first), "more progress")
+    said = terminal.dmd("stop", row["id"]).finish()
+    assert "STOPPED" in said and "dmd submit pairs" in said
+    assert other.process.wait(60) == Exit.TRANSIENT
+    again = f"{row['id']}-2"
+    assert again in terminal.dmd(*words, "--no-wait").finish()
+    terminal.dmd("stop", again).finish()
+
+
+def test_a_slot_of_a_schedule_is_one_job_of_a_real_job_server(cluster, tmp_path):
+    """In a process of its own, where Ray's client finds the cluster's token."""
+    environment = cluster.environment | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    driver = [sys.executable, str(ROOT / "tests" / "cluster" / "job_server_driver.py")]
+    done = subprocess.run(driver, env=environment, cwd=tmp_path, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "first": "submitted",
+        "again": 0,
+        "recovered": "submitted",
+        "recovered_detail": "the cluster had it already",
+        "status": "SUCCEEDED",
+        "jobs": 1,
+        "help_in_log": True,
+    }
+
+
 # ------------------------------------------------------------------------ a store, and its secret
 
 
@@ -238,6 +288,12 @@ def job_server_says(cluster: LocalCluster) -> bytes:
         url = f"{cluster.url}/api/jobs/{job['submission_id']}/logs"
         found.append(requests.get(url, headers=headers, timeout=30).content)
     return b"\n".join(found)
+
+
+def rows_told(command: Command) -> int:
+    """By the last line of progress of a `pairs` that it follows."""
+    found = re.findall(r"^pairs: (\d+)/", command.said, re.MULTILINE)
+    return int(found[-1]) if found else 0
 
 
 def read_steps(run_dir: Path) -> list[int]:

@@ -1,10 +1,8 @@
 """What goes to the job server, what must not, and how its answers are read."""
 
-import json
 import os
 import shlex
 import zipfile
-from pathlib import Path
 
 import pytest
 
@@ -169,31 +167,3 @@ def test_a_working_directory_that_is_not_there_is_refused_for_good(tmp_path):
         job_environment(str(tmp_path / "nowhere"), None)
     assert not caught.value.transient
     assert job_environment("s3://bucket/code.zip", None) == {"working_dir": "s3://bucket/code.zip"}
-
-
-@pytest.mark.cluster
-def test_a_real_job_server_runs_a_verb_once(tmp_path):
-    """In a process of its own, where Ray's client finds the cluster's token."""
-    import subprocess
-    import sys
-
-    from cluster.local_cluster import local_cluster
-
-    root = Path(__file__).parent.parent.parent
-    driver = [sys.executable, str(root / "tests" / "cluster" / "job_server_driver.py")]
-    with local_cluster(nodes=2) as cluster:
-        environment = cluster.environment
-        environment["PYTHONPATH"] = os.pathsep.join([str(root), *sys.path])
-        done = subprocess.run(
-            driver, env=environment, cwd=tmp_path, capture_output=True, timeout=300
-        )
-    assert done.returncode == 0, done.stderr.decode()[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == {
-        "first": "submitted",
-        "again": 0,
-        "recovered": "submitted",
-        "recovered_detail": "the cluster had it already",
-        "status": "SUCCEEDED",
-        "jobs": 1,
-        "help_in_log": True,
-    }

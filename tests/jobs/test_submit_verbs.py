@@ -2,10 +2,6 @@
 
 import json
 import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -472,77 +468,3 @@ def test_stop_waits_until_the_job_has_ended_and_says_how_to_go_on(fake, script, 
     assert _other(fake, "stop", identity) == 0
     assert "ended before" in capfd.readouterr().err
     assert _other(fake, "stop", "unknown") == Exit.REFUSED
-
-
-# ------------------------------------------------------------------------ a real cluster
-
-
-@pytest.mark.cluster
-def test_on_a_real_cluster_a_terminal_dies_and_another_takes_over(tmp_path, tiny_teacher_dir):
-    from cluster.local_cluster import local_cluster
-
-    (tmp_path / "prompts.txt").write_text("\n".join(f"a red fox {i}" for i in range(4000)))
-    settings = {
-        "run.dir": tmp_path / "run",
-        "teacher.path": tiny_teacher_dir,
-        "pairs.prompts": tmp_path / "prompts.txt",
-        "pairs.steps": 40,
-    }
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    command = ["submit", "pairs", "--config", "tiny", *words]
-    with local_cluster(nodes=2, cpus=4) as cluster:
-        refused = _dmd(cluster, *command, "--set", "pairs.prompts=/nowhere.txt")
-        _, said = refused.communicate(timeout=200)
-        assert refused.returncode == Exit.REFUSED and "/nowhere.txt" in said
-
-        first = _dmd(cluster, *command)
-        seen = _until(first, r"^pairs: [1-9]\d*/4000 ")
-        first.kill()
-        (job,) = [row for row in _jobs(cluster) if row["state"] == "RUNNING"]
-        assert job["progress"].startswith("pairs: ") and job["verb"] == "pairs"
-
-        other = _dmd(cluster, "attach")
-        last = _number(seen[-1])
-        while _number(line := _until(other, r"^pairs: \d+/4000 ")[-1]) <= last:
-            assert other.poll() is None, line
-        stop = _dmd(cluster, "stop", job["id"])
-        _, said = stop.communicate(timeout=100)
-        assert stop.returncode == 0 and "STOPPED" in said and "dmd submit pairs" in said
-        other.communicate(timeout=60)
-        assert other.returncode == Exit.TRANSIENT
-
-        again = _dmd(cluster, *command, "--no-wait")
-        _, said = again.communicate(timeout=100)
-        assert f"{job['id']}-2" in said and again.returncode == 0
-
-
-def _dmd(cluster, *words: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", *words],
-        cwd=Path(__file__).parent.parent.parent,
-        env=cluster.environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-
-
-def _jobs(cluster) -> list[dict]:
-    out, _ = _dmd(cluster, "jobs", "--json").communicate(timeout=100)
-    return json.loads(out)["jobs"]
-
-
-def _until(process: subprocess.Popen, pattern: str) -> list[str]:
-    """The lines up to one that matches."""
-    lines: list[str] = []
-    for line in process.stderr or ():
-        lines.append(line)
-        if re.match(pattern, line):
-            return lines
-    raise AssertionError("".join(lines))
-
-
-def _number(line: str) -> int:
-    found = re.match(r"pairs: (\d+)/", line)
-    assert found is not None, line
-    return int(found.group(1))
