@@ -179,9 +179,12 @@ class DmdNetworks:
         """A network to train, with the teacher's weights; one to be sharded has no memory yet."""
         model = self.teacher.model
         network: Any = on_meta(model) if strategy == "fsdp" else copy.deepcopy(model)
-        network.train().requires_grad_(True)
+        network.requires_grad_(True)
         if lora is not None:
             add_lora(network, lora, self._lora_seed)
+        # Without the dropout the teacher was trained with: the student and both scores are those of
+        # the networks that sample, and no update depends on random numbers of no seed of ours.
+        network.eval()
         if self.settings.parallel.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         return network

@@ -71,7 +71,7 @@ def pass_memory(
         raise UnknownNetworkError(f"{class_name} is not a network this version drives")
     tokens = _TEXT_TOKENS.get(class_name, text_tokens)
     with FakeTensorMode():
-        model: Any = cls.from_config(dict(config)).train()
+        model: Any = cls.from_config(dict(config)).eval()  # as `DmdNetworks` trains it
         if checkpointing:
             model.enable_gradient_checkpointing()
         network = DiffusersNetwork(model)

@@ -106,7 +106,7 @@ def _saved_bytes(unet, samples: int) -> int:
 
 def test_what_a_pass_holds_is_what_a_true_one_holds():
     torch.manual_seed(0)
-    unet = build_unet(MiniatureSize()).train()
+    unet = build_unet(MiniatureSize()).eval()
     plan = pass_memory("UNet2DConditionModel", unet.config, (4, 8, 8), text_tokens=24)
     for samples in (1, 8):
         assert plan.held_by(samples) == pytest.approx(_saved_bytes(unet, samples), rel=0.1)
