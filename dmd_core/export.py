@@ -42,7 +42,8 @@ def export_student(
 ) -> None:
     """Write `target`/ as a pipeline folder: the teacher's parts, the student's network, its steps.
 
-    With `lora`, `generator` holds adapters: the network is exported with them fused, and the
+    `generator` holds the trained weights; buffers (positions) are the teacher's, for nothing trains
+    them. With `lora` it holds adapters: the network is exported with them fused, and the
     adapters alone go to `target`/lora/. `card` goes into the model card. A folder is complete or
     absent: it is written beside and moved into place. The teacher is left as it was.
     """
@@ -51,7 +52,7 @@ def export_student(
     temporary = Path(f"{target}.{uuid.uuid4().hex}.tmp")
     try:
         if lora is None:
-            network.load_state_dict(generator)
+            _load_weights(network, generator)
         else:
             _load_adapters(network, generator, lora)
             _save_adapters(family, network, temporary / LORA_FOLDER)
@@ -85,6 +86,17 @@ def _pipeline_of(teacher: Teacher, network: nn.Module, scheduler: Any) -> Diffus
     settings = {name: pipeline.config[name] for name in _SETTINGS if name in pipeline.config}
     parts = pipeline.components | {teacher.family.model: network, "scheduler": scheduler}
     return type(pipeline)(**parts, **settings)
+
+
+def _load_weights(network: nn.Module, weights: Tensors) -> None:
+    buffers = {name for name, _ in network.named_buffers()}
+    missing, unexpected = network.load_state_dict(weights, strict=False)
+    wrong = sorted((set(missing) - buffers) | set(unexpected))
+    if wrong:
+        raise ValueError(
+            f"the checkpoint's weights are not those of a {type(network).__name__} like the "
+            f"teacher's: {len(wrong)} are missing or unknown, such as {wrong[0]}"
+        )
 
 
 def _load_adapters(network: nn.Module, adapters: Tensors, lora: LoraSettings) -> None:

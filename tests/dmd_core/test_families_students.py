@@ -103,9 +103,7 @@ def _data(teacher: Teacher, shape: tuple[int, ...], step: int, losses: LossSetti
 
 
 def _export(teacher: Teacher, networks: DmdNetworks, target: Path, lora=None) -> str:
-    weights = {name: p.detach() for name, p in networks.weights.items()}
-    if lora is None:
-        weights = networks.generator.state_dict()
+    weights = {name: p.detach() for name, p in networks.weights.items()}  # as checkpoints have them
     export_student(
         teacher, weights, str(target), timesteps=networks.timesteps, card={"step": 3},
         dtype=torch.float32, lora=lora,
