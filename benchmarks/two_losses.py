@@ -23,8 +23,8 @@ from benchmarks.one_step import _processor
 from dmd_core.metrics import kid_difference
 from jobs.run_settings import flat_settings
 from pipelines.evaluation import METRICS, reference_of, verdict
-from pipelines.images import Images, read_images
 from pipelines.storage import open_store
+from pipelines.stored_images import StoredImages, open_images
 from pipelines.systems import STUDENT
 
 RESULTS = Path(__file__).parent / "results" / "two_losses_cpu.json"
@@ -85,9 +85,9 @@ def _settings(run: Path) -> dict[str, Any]:
     return flat_settings({part: content[part] for part in _TRAINED})
 
 
-def _pictures(run: Path, metrics: dict[str, Any]) -> dict[str, Images]:
+def _pictures(run: Path, metrics: dict[str, Any]) -> dict[str, StoredImages]:
     store = open_store(str(run))
-    return {name: read_images(store, path) for name, path in metrics["pictures"].items()}
+    return {name: open_images(store, folder) for name, folder in metrics["pictures"].items()}
 
 
 if __name__ == "__main__":

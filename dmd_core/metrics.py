@@ -104,13 +104,17 @@ def regression_distance(
     pictures_a: np.ndarray, pictures_b: np.ndarray, *, confidence: float = 0.95
 ) -> Estimate:
     """Mean over pairs of the root-mean-square difference of two (N,…) sets in [0, 1]."""
+    return mean_estimate(pair_distances(pictures_a, pictures_b), confidence=confidence)
+
+
+def pair_distances(pictures_a: np.ndarray, pictures_b: np.ndarray) -> np.ndarray:
+    """The root-mean-square difference of each pair of two (N,…) sets: (N,) float64."""
     if pictures_a.shape != pictures_b.shape:
         raise ValueError(
             f"pairs of pictures differ in shape: {pictures_a.shape}, {pictures_b.shape}"
         )
     difference = pictures_a.astype(np.float64) - pictures_b.astype(np.float64)
-    per_pair = np.sqrt(np.square(difference).reshape(len(difference), -1).mean(axis=1))
-    return mean_estimate(per_pair, confidence=confidence)
+    return np.sqrt(np.square(difference).reshape(len(difference), -1).mean(axis=1))
 
 
 def mean_estimate(values: np.ndarray, *, confidence: float = 0.95) -> Estimate:

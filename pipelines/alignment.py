@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 
@@ -12,9 +13,10 @@ from dmd_core.clip_score import CLIP_FILES, ClipError, ClipScorer, check_clip, c
 from dmd_core.metrics import mean_estimate
 from pipelines.config import StorageSection
 from pipelines.hub import hub_folder, is_hub_id, pinned
-from pipelines.images import SamplerPool, read_images
+from pipelines.images import SamplerPool
 from pipelines.local_folders import nearby
 from pipelines.storage import Store, open_store
+from pipelines.stored_images import open_images
 from pipelines.systems import STUDENT, TEACHER, Networks
 from pipelines.timing import NOT_MEASURED
 from pipelines.workers import set_threads
@@ -40,25 +42,25 @@ def clip_folder(name: str, storage: StorageSection) -> str:
 def alignment(
     clip_model: str,
     networks: Networks,
-    folder: Store,
-    files: Mapping[str, str],
+    root: Store,
+    folders: Mapping[str, str],
     *,
     confidence: float,
     pool: SamplerPool,
 ) -> dict[str, Any]:
-    """`measure_alignment` of the files of teacher and student in one Ray task, as plain JSON; or
+    """`measure_alignment` of the pictures of teacher and student in one Ray task, as plain JSON; or
     why it is not measured. `clip_model` "": none is given."""
     if not clip_model:
         return {"clip_score": f"{NOT_MEASURED}: evaluate.clip_model names no CLIP model"}
     measure = ray.remote(measure_alignment).options(
         num_cpus=pool.cpus, num_gpus=pool.gpus, **pool.where
     )
-    chosen = {system: files[system] for system in (TEACHER, STUDENT)}
-    return ray.get(measure.remote(clip_model, networks, folder, chosen, confidence))
+    chosen = {system: folders[system] for system in (TEACHER, STUDENT)}
+    return ray.get(measure.remote(clip_model, networks, root, chosen, confidence))
 
 
 def measure_alignment(
-    clip_model: str, networks: Networks, folder: Store, files: Mapping[str, str], confidence: float
+    clip_model: str, networks: Networks, root: Store, folders: Mapping[str, str], confidence: float
 ) -> dict[str, Any]:
     """Mean scores over prompts with their intervals, and that of student − teacher, prompt by
     prompt: what both find hard cancels."""
@@ -67,9 +69,10 @@ def measure_alignment(
     device = networks.device if torch.cuda.is_available() else "cpu"
     scorer = ClipScorer(local, device)
     scores = {}
-    for system, path in files.items():
-        images = read_images(folder, path)
-        scores[system] = scorer(images.pictures, images.prompts)
+    for system, folder in folders.items():
+        parts = open_images(root, folder).parts()
+        found = [scorer(part.pictures, part.prompts) for part in parts]
+        scores[system] = np.concatenate(found)
     estimates = {
         system: asdict(mean_estimate(values, confidence=confidence))
         for system, values in scores.items()

@@ -22,6 +22,7 @@ from pipelines.evaluation import FOLDER, held_out, measure_system, usable_galler
 from pipelines.inception_features import Judge
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store, open_store
+from pipelines.stored_images import Pictures, open_images
 from pipelines.student_export import export_checkpoint, load_student, weights_kind
 from pipelines.systems import (
     STUDENT,
@@ -87,14 +88,14 @@ def evaluation_task(
         return None
     chosen = held_out(prompts, section.max_prompts) * evaluate.samples_per_prompt
     plan = SamplingPlan.from_sections(evaluate, pairs, train.student_timesteps)
-    files = images.image_files(
+    folders = images.image_folders(
         plan, chosen, [TEACHER], mean=None, teacher_revision=teacher_revision, student_revision=""
     )
     return EvaluationTask(
         run,
         teacher,
         teacher_revision,
-        "-".join([files[TEACHER].split("/")[0], *_yardstick(evaluate)]),
+        "-".join([folders[TEACHER].split("/")[0], *_yardstick(evaluate)]),
         chosen,
         *(part.model_dump(mode="json") for part in (section, evaluate, pairs, train, storage)),
     )
@@ -135,10 +136,10 @@ def evaluate_checkpoint(task: EvaluationTask, step: int) -> Evaluated:
         networks = Networks(teacher, student, storage, device=device, threads=threads)
         found = teacher_pictures(task, run, networks)
         found[STUDENT] = _sample_student(task, networks)
-        found |= _judged(task, run, found)
-        gallery, _ = usable_gallery(load_gallery(teacher), found[TEACHER])
+        features = _features(task, run, found)
+        gallery, _ = usable_gallery(load_gallery(teacher), task.prompts, features[STUDENT])
     confidence = EvaluateSection.model_validate(task.evaluate).confidence
-    metrics = measure_system(STUDENT, found, gallery, confidence)
+    metrics = measure_system(STUDENT, found, features, gallery, confidence)
     provenance = {
         "inputs": task.inputs,
         "prompts": len(task.prompts),
@@ -150,31 +151,34 @@ def evaluate_checkpoint(task: EvaluationTask, step: int) -> Evaluated:
     return Evaluated(step, metrics | {"retrieval": _share(metrics["retrieval"])}, provenance)
 
 
-def teacher_pictures(task: EvaluationTask, run: Store, networks: Networks) -> dict[str, Images]:
+def teacher_pictures(task: EvaluationTask, run: Store, networks: Networks) -> dict[str, Pictures]:
     """The teacher's pictures and the reference draw, if it is one: made once, where `dmd evaluate`
     keeps its own, and shared with it where it takes the same prompts."""
-    plan, root, files = task.plan(), run.at(FOLDER), _teacher_files(task)
-    images.make_images(root, files, task.prompts, plan, networks, pool=images.SamplerPool(actors=0))
-    return {system: images.read_images(root, path) for system, path in files.items()}
+    plan, root, folders = task.plan(), run.at(FOLDER), _teacher_folders(task)
+    alone = images.SamplerPool(actors=0)
+    images.make_images(root, folders, task.prompts, plan, networks, pool=alone)
+    return {system: open_images(root, folder) for system, folder in folders.items()}
 
 
-def _teacher_files(task: EvaluationTask) -> dict[str, str]:
+def _teacher_folders(task: EvaluationTask) -> dict[str, str]:
     evaluate = EvaluateSection.model_validate(task.evaluate)
-    return images.image_files(
+    return images.image_folders(
         task.plan(), task.prompts, [TEACHER] if evaluate.real else [TEACHER, TEACHER_AGAIN],
         mean=None, teacher_revision=task.teacher_revision, student_revision="",
     )  # fmt: skip
 
 
-def _judged(task: EvaluationTask, run: Store, found: dict[str, Images]) -> dict[str, Images]:
-    """What the student is measured with, where that is not the teacher's own features."""
+def _features(
+    task: EvaluationTask, run: Store, found: Mapping[str, Pictures]
+) -> dict[str, np.ndarray]:
+    """What the student is measured with: the teacher's own features, or Inception's."""
     evaluate = EvaluateSection.model_validate(task.evaluate)
     judge = Judge.of(evaluate, StorageSection.model_validate(task.storage))
-    if judge is None:
-        return {}
     compared = {system: found[system] for system in (STUDENT, TEACHER_AGAIN) if system in found}
-    files, alone = _teacher_files(task), images.SamplerPool(actors=0)
-    return judge.features(run.at(FOLDER), files, compared, alone)
+    if judge is None:
+        return {system: entry.features for system, entry in compared.items()}
+    alone = images.SamplerPool(actors=0)
+    return judge.features(run.at(FOLDER), _teacher_folders(task), compared, alone)
 
 
 def _export(task: EvaluationTask, run: Store, step: int, teacher_dir: str, target: str) -> str:
@@ -196,15 +200,14 @@ def _sample_student(task: EvaluationTask, networks: Networks) -> Images:
     """Not stored: pictures of a checkpoint that soon is gone."""
     plan = task.plan()
     sampler, seeds = SystemSampler(plan, networks), plan.seeds(STUDENT, task.prompts)
-    parts = [
-        sampler(STUDENT, task.prompts[at : at + plan.batch_size], seeds[at : at + plan.batch_size])
-        for at in range(0, len(seeds), plan.batch_size)
-    ]
-    arrays = [
-        np.concatenate([getattr(part, name) for part in parts])
-        for name in ("latents", "pictures", "features")
-    ]
-    return Images(task.prompts, tuple(seeds), *arrays)
+    return Images.cat(
+        [
+            sampler(
+                STUDENT, task.prompts[at : at + plan.batch_size], seeds[at : at + plan.batch_size]
+            )
+            for at in range(0, len(seeds), plan.batch_size)
+        ]
+    )
 
 
 def _share(found: list[dict[str, Any]] | None) -> dict[str, Any] | None:

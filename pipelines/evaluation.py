@@ -5,7 +5,7 @@ Does the student beat what costs nothing (its own start, the mean picture) and w
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from dmd_core.metrics import (
     frechet_distance,
     kid,
     kid_difference,
-    regression_distance,
+    mean_estimate,
+    pair_distances,
     retrieval,
 )
 from dmd_core.noise import sample_noise
@@ -36,9 +37,10 @@ from dmd_core.teacher import class_names, teacher_revision
 from pipelines.alignment import alignment, clip_folder
 from pipelines.beside_settings import FEWEST_PROMPTS
 from pipelines.config import EvaluateSection, PairsSection
-from pipelines.images import SamplerPool, image_files, make_images, read_images
+from pipelines.images import SamplerPool, image_folders, make_images
 from pipelines.inception_features import REAL, Judge
 from pipelines.storage import Store
+from pipelines.stored_images import Pictures, open_images
 from pipelines.systems import (
     MEAN,
     START,
@@ -85,20 +87,21 @@ def evaluate(
         "student_revision": teacher_revision(local.student),
     }
     systems = _systems(plan, networks, real=bool(section.real))
-    files = image_files(plan, chosen, systems, mean=networks.mean, **revisions)
-    folder, pool = run.at(FOLDER), SamplerPool.of(section)
+    folders = image_folders(plan, chosen, systems, mean=networks.mean, **revisions)
+    root, pool = run.at(FOLDER), SamplerPool.of(section)
     make_images(
-        folder, files, chosen, plan, networks,
+        root, folders, chosen, plan, networks,
         pool=pool, on_progress=on_progress,
     )  # fmt: skip
-    images = {system: read_images(folder, path) for system, path in files.items()}
+    images = {system: open_images(root, folder) for system, folder in folders.items()}
+    features = {system: entry.features for system, entry in images.items()}
     if judge is not None:
-        images = judge.features(folder, files, images, pool, on_progress)
-    save_noise(run, plan, images[TEACHER], section.report_images)
+        features = judge.features(root, folders, images, pool, on_progress)
+    save_noise(run, plan, images[TEACHER].first(section.report_images))
     speed = ray.remote(measure_speed).options(num_cpus=pool.cpus, num_gpus=pool.gpus, **pool.where)
     own_space = PIXELS if family_of(local.teacher).on_pixels else FEATURE_SPACE
     space = own_space if judge is None else INCEPTION_SPACE
-    metrics = _measure(images, load_gallery(local.teacher), section.confidence, space)
+    metrics = _measure(images, features, load_gallery(local.teacher), section.confidence, space)
     config = json.loads((Path(local.teacher) / "scheduler" / "scheduler_config.json").read_text())
     for system, entry in metrics["systems"].items():
         entry["network_evaluations"] = network_evaluations(
@@ -107,11 +110,11 @@ def evaluate(
     metrics |= {
         "timing": ray.get(speed.remote(plan, networks, chosen, section.timing_repeats)),
         "alignment": alignment(
-            section.clip_model, networks, folder, files, confidence=section.confidence, pool=pool
+            section.clip_model, networks, root, folders, confidence=section.confidence, pool=pool
         ),
-        "pictures": {system: f"{FOLDER}/{path}" for system, path in files.items()},
+        "pictures": {system: f"{FOLDER}/{folder}" for system, folder in folders.items()},
         "noise": NOISE,
-        "again": _again(local.student, plan, images[STUDENT]),
+        "again": _again(local.student, plan, images[STUDENT].first(1)),
         "provenance": asdict(plan) | revisions | provenance,
     }
     text = json.dumps(metrics, indent=2)
@@ -130,12 +133,12 @@ def held_out(prompts: Sequence[str], most: int | None) -> tuple[str, ...]:
     return chosen
 
 
-def save_noise(run: Store, plan: SamplingPlan, images: Images, count: int) -> None:
-    """ε of the first `count` prompts as {"latents": (N,C,h,w) float32}, and their prompts beside.
+def save_noise(run: Store, plan: SamplingPlan, images: Images) -> None:
+    """ε of `images`, the first ones, as {"latents": (N,C,h,w) float32}, and their prompts beside.
 
     With them anyone reproduces the report's pictures with plain diffusers.
     """
-    prompts = images.prompts[:count]
+    prompts = images.prompts
     seeds = plan.seeds(TEACHER, prompts)
     eps = sample_noise(seeds, images.latents.shape[1:], torch.float16).float().numpy()
     write_atomic(run.fs, run.path(NOISE), safetensors.numpy.save({"latents": eps}))
@@ -163,58 +166,64 @@ def _systems(plan: SamplingPlan, networks: Networks, *, real: bool) -> list[str]
 
 
 def _measure(
-    images: dict[str, Images], gallery: Gallery | None, confidence: float, space: str
+    images: Mapping[str, Pictures],
+    features: Mapping[str, np.ndarray],
+    gallery: Gallery | None,
+    confidence: float,
+    space: str,
 ) -> dict[str, Any]:
     """Every number that is a function of the pictures alone. `space` names the features."""
-    features = {system: entry.features[:_KID_ROWS] for system, entry in images.items()}
-    teacher, against = images[TEACHER], reference_of(images)
-    gallery, why_not = usable_gallery(gallery, teacher)
-    systems = {
-        system: measure_system(system, images, gallery, confidence)
-        for system in images
-        if system != REAL
-    }
+    some = {system: values[:_KID_ROWS] for system, values in features.items()}
+    against, prompts = reference_of(features), images[TEACHER].prompts
+    gallery, why_not = usable_gallery(gallery, prompts, features[TEACHER])
     return {
-        "prompts": len(teacher.prompts),
+        "prompts": len(prompts),
         "confidence": confidence,
         "feature_space": space,
-        "feature_dimension": teacher.features.shape[1],
-        "kid_samples": len(features[against]),
+        "feature_dimension": features[TEACHER].shape[1],
+        "kid_samples": len(some[against]),
         "reference": against,
-        "systems": systems,
+        "systems": {
+            system: measure_system(system, images, features, gallery, confidence)
+            for system in images
+        },
         "retrieval": why_not or f"gallery of {len(gallery.captions) if gallery else 0} pictures",
         "comparisons": {
-            system: _compare(features[STUDENT], features[system], features[against], confidence)
+            system: _compare(some[STUDENT], some[system], some[against], confidence)
             for system in images
-            if system not in (STUDENT, TEACHER_AGAIN, REAL)
+            if system not in (STUDENT, TEACHER_AGAIN)
             and (system != TEACHER or against == REAL)  # else it would be its own yardstick
         },
     }
 
 
 def measure_system(
-    system: str, images: dict[str, Images], gallery: Gallery | None, confidence: float
+    system: str,
+    images: Mapping[str, Pictures],
+    features: Mapping[str, np.ndarray],
+    gallery: Gallery | None,
+    confidence: float,
 ) -> dict[str, Any]:
     """kid, fid, rmse and retrieval of one system; None for what says nothing about it, or for too
-    few pictures (fid). `images` has it, `teacher` and the reference; `gallery` is a usable one, or
-    None."""
-    entry, against = images[system], reference_of(images)
+    few pictures (fid). `images` has it and `teacher`, `features` the reference too; `gallery` is a
+    usable one, or None."""
+    entry, ours, against = images[system], features[system], reference_of(features)
     found: dict[str, Any] = {"kid": None, "fid": None, "rmse": None, "retrieval": None}
     if system != against:
-        ours, theirs = entry.features, images[against].features
+        theirs = features[against]
         found["kid"] = asdict(kid(ours[:_KID_ROWS], theirs[:_KID_ROWS], confidence=confidence))
         if against == REAL and enough_for_frechet(ours):
             found["fid"] = {"value": frechet_distance(ours, theirs), "samples": len(ours)}
     if system != TEACHER:
         found["rmse"] = asdict(_rmse(entry, images[TEACHER], confidence))
     if gallery is not None:
-        found["retrieval"] = _retrieval(entry, gallery, confidence)
+        found["retrieval"] = _retrieval(entry.prompts, ours, gallery, confidence)
     return found
 
 
-def reference_of(images: Mapping[str, Images]) -> str:
+def reference_of(features: Container[str]) -> str:
     """What every system is compared with: real pictures, or an independent draw of the teacher."""
-    return REAL if REAL in images else TEACHER_AGAIN
+    return REAL if REAL in features else TEACHER_AGAIN
 
 
 def _compare(
@@ -232,28 +241,36 @@ def verdict(difference: Estimate) -> bool | str:
     return False if difference.low > 0 else "undecided"
 
 
-def _rmse(images: Images, teacher: Images, confidence: float) -> Estimate:
+def _rmse(images: Pictures, teacher: Pictures, confidence: float) -> Estimate:
     """On the [0, 1] scale of a picture's pixels."""
-    ours, theirs = (entry.pictures.astype(np.float32) / 255 for entry in (images, teacher))
-    return regression_distance(ours, theirs, confidence=confidence)
+    pairs = zip(_one_by_one(images), _one_by_one(teacher), strict=True)
+    distances = [pair_distances(ours[None], theirs[None]) for ours, theirs in pairs]
+    return mean_estimate(np.concatenate(distances), confidence=confidence)
 
 
-def usable_gallery(gallery: Gallery | None, teacher: Images) -> tuple[Gallery | None, str]:
-    """The gallery if retrieval can be measured with it, else why not."""
+def _one_by_one(images: Pictures) -> Iterator[np.ndarray]:
+    for part in images.parts():
+        yield from part.pictures.astype(np.float32) / 255
+
+
+def usable_gallery(
+    gallery: Gallery | None, prompts: Sequence[str], features: np.ndarray
+) -> tuple[Gallery | None, str]:
+    """The gallery if retrieval can be measured with it, else why not. `features`: the teacher's."""
     if gallery is None:
         return None, f"{NOT_MEASURED}: the teacher's folder has no gallery of real pictures"
-    if gallery.features.shape[1] != teacher.features.shape[1]:
+    if gallery.features.shape[1] != features.shape[1]:
         return None, (
             f"{NOT_MEASURED}: the gallery's features have {gallery.features.shape[1]} dimensions, "
-            f"these pictures' {teacher.features.shape[1]}"
+            f"these pictures' {features.shape[1]}"
         )
-    if not set(gallery.captions) & set(teacher.prompts):
+    if not set(gallery.captions) & set(prompts):
         return None, f"{NOT_MEASURED}: no prompt names a picture of the teacher's gallery"
     return gallery, ""
 
 
-def _retrieval(images: Images, gallery: Gallery, confidence: float) -> list[dict[str, Any]]:
-    found = retrieval(
-        images.features, images.prompts, gallery.features, gallery.captions, confidence=confidence
-    )
+def _retrieval(
+    prompts: Sequence[str], features: np.ndarray, gallery: Gallery, confidence: float
+) -> list[dict[str, Any]]:
+    found = retrieval(features, prompts, gallery.features, gallery.captions, confidence=confidence)
     return [asdict(entry) for entry in found]

@@ -1,8 +1,8 @@
-"""Station 9: evaluation pictures on Ray Data, one Parquet file per system.
+"""Station 9: evaluation pictures on Ray Data, one Parquet file for each batch of a system.
 
 A file is whole or absent, and its folder's name is a digest of everything that decides its
 content: a killed evaluation goes on where it was, and a retrained student leaves the teacher's
-pictures as they are.
+pictures as they are. Whoever samples a batch writes its file; only counts come back.
 """
 
 import hashlib
@@ -13,19 +13,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray.data
 
-from dmd_core.files import write_atomic
 from pipelines.config import EvaluateSection
 from pipelines.storage import Store
-from pipelines.systems import MEAN, STUDENT, Images, Networks, SamplingPlan, SystemSampler
+from pipelines.stored_images import stored_parts, write_part
+from pipelines.systems import MEAN, STUDENT, Networks, SamplingPlan, SystemSampler
 from pipelines.workers import set_threads
 
-# Raised by hand when a change to the code changes pictures; part of every file's digest.
-NUMERICS_VERSION = 1
-_ARRAYS = {"latents": np.float32, "pictures": np.uint8, "features": np.float32}
+# Raised by hand when a change to the code changes pictures or how they are kept; part of every
+# folder's digest.
+NUMERICS_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class SamplerPool:
         )
 
 
-def image_files(
+def image_folders(
     plan: SamplingPlan,
     prompts: tuple[str, ...],
     systems: list[str],
@@ -57,7 +55,7 @@ def image_files(
     student_revision: str,
     mean: np.ndarray | None,
 ) -> dict[str, str]:
-    """System → its file below the evaluation folder, "<digest of inputs>/<system>.parquet"."""
+    """System → its folder below the evaluation folder, "<digest of inputs>/<system>"."""
     # The batch size is in it: a matrix product may round differently in another batch.
     shared = {
         "numerics": NUMERICS_VERSION,
@@ -69,16 +67,16 @@ def image_files(
         STUDENT: {"student": student_revision},
         MEAN: {"mean": None if mean is None else hashlib.sha256(mean.tobytes()).hexdigest()},
     }
-    files = {}
+    folders = {}
     for system in systems:
         inputs = json.dumps(shared | own.get(system, {}), sort_keys=True)
-        files[system] = f"{hashlib.sha256(inputs.encode()).hexdigest()[:16]}/{system}.parquet"
-    return files
+        folders[system] = f"{hashlib.sha256(inputs.encode()).hexdigest()[:16]}/{system}"
+    return folders
 
 
 def make_images(
     root: Store,
-    files: dict[str, str],
+    folders: dict[str, str],
     prompts: tuple[str, ...],
     plan: SamplingPlan,
     networks: Networks,
@@ -86,45 +84,51 @@ def make_images(
     pool: SamplerPool = SamplerPool(),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Sample every system of `files` (system → path under `root`) that has no file yet.
+    """Sample what `folders` (system → folder under `root`) do not hold yet.
 
-    One Ray Data execution for all of them, or this process alone; a system's file appears when its
-    last picture is there. `on_progress(done, total)` counts pictures.
+    One Ray Data execution for all systems, or this process alone. `on_progress(done, total)` counts
+    pictures.
     """
-    missing = [system for system, path in files.items() if not root.fs.exists(root.path(path))]
-    if not missing:
+    batches = list(_missing_batches(root, folders, prompts, plan))
+    total = len(prompts) * len(folders)
+    done = total - sum(len(batch) for batch in batches)
+    if not batches:
         return
-    batches = _batches(missing, prompts, plan)
-    tables = (
-        _on_ray(batches, plan, networks, pool)
+    where = _Target(root, folders, len(prompts))
+    counts = (
+        _on_ray(batches, plan, networks, where, pool)
         if pool.actors
-        else map(_SamplerActor(plan, networks), batches)
+        else map(_SamplerActor(plan, networks, where), batches)
     )
-    parts: dict[str, list[pa.Table]] = {system: [] for system in missing}
-    done = 0
-    for table in tables:
-        done += len(table)
+    for count in counts:
+        done += sum(count["rows"].to_pylist())
         if on_progress is not None:
-            on_progress(done, len(prompts) * len(missing))
-        for system in table["system"].unique().to_pylist():
-            parts[system].append(table.filter(pc.equal(table["system"], system)))
-            if sum(len(part) for part in parts[system]) == len(prompts):
-                whole = pa.concat_tables(parts.pop(system)).sort_by("index")
-                write_atomic(root.fs, root.path(files[system]), _parquet(whole))
-    if parts:
-        raise RuntimeError(f"pictures of {', '.join(parts)} did not all come back from Ray Data")
+            on_progress(done, total)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where a sampler writes: `folders` under `root`, of `total` rows each."""
+
+    root: Store
+    folders: dict[str, str]
+    total: int
 
 
 def _on_ray(
-    batches: Iterator[pa.Table], plan: SamplingPlan, networks: Networks, pool: SamplerPool
+    batches: list[pa.Table],
+    plan: SamplingPlan,
+    networks: Networks,
+    where: _Target,
+    pool: SamplerPool,
 ) -> Iterator[pa.Table]:
     # One block is one batch, so a picture's batch mates do not depend on what was there before.
-    dataset = ray.data.from_arrow(list(batches)).map_batches(
+    dataset = ray.data.from_arrow(batches).map_batches(
         _SamplerActor,
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=pool.actors),
-        fn_constructor_kwargs={"plan": plan, "networks": networks},
+        fn_constructor_kwargs={"plan": plan, "networks": networks, "where": where},
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
         **pool.where,
@@ -132,12 +136,14 @@ def _on_ray(
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
-def _batches(
-    systems: list[str], prompts: tuple[str, ...], plan: SamplingPlan
+def _missing_batches(
+    root: Store, folders: dict[str, str], prompts: tuple[str, ...], plan: SamplingPlan
 ) -> Iterator[pa.Table]:
-    for system in systems:
-        seeds = plan.seeds(system, prompts)
+    for system, folder in folders.items():
+        seeds, there = plan.seeds(system, prompts), set(stored_parts(root, folder))
         for start in range(0, len(prompts), plan.batch_size):
+            if start in there:
+                continue
             rows = range(start, min(start + plan.batch_size, len(prompts)))
             yield pa.table(
                 {
@@ -150,47 +156,15 @@ def _batches(
 
 
 class _SamplerActor:
-    def __init__(self, plan: SamplingPlan, networks: Networks) -> None:
+    def __init__(self, plan: SamplingPlan, networks: Networks, where: _Target) -> None:
         set_threads(networks.threads)
-        self.sampler = SystemSampler(plan, networks.local())
+        self.sampler, self.where = SystemSampler(plan, networks.local()), where
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        system = batch["system"][0].as_py()
+        """Sample one batch of one system and write its file; how many rows it has."""
+        system, start = batch["system"][0].as_py(), batch["index"][0].as_py()
         prompts = tuple(batch["prompt"].to_pylist())
         images = self.sampler(system, prompts, batch["seed"].to_pylist())
-        shapes = {name: getattr(images, name).shape[1:] for name in _ARRAYS}
-        for name in _ARRAYS:
-            batch = batch.append_column(name, _raw_rows(getattr(images, name)))
-        return batch.append_column("shapes", pa.array([json.dumps(shapes)] * len(batch)))
-
-
-def _raw_rows(array: np.ndarray) -> pa.Array:
-    """(N,…) → N byte strings. (List-encoded tensors read many times slower from Parquet.)"""
-    rows = np.ascontiguousarray(array)
-    return pa.array([row.tobytes() for row in rows], pa.binary(rows[0].nbytes))
-
-
-def _parquet(table: pa.Table) -> bytes:
-    """The file's bytes; the arrays' shapes go from their column into the schema's metadata."""
-    shapes = table["shapes"].unique().to_pylist()
-    if len(shapes) != 1:
-        raise ValueError(f"pictures of one system have different shapes: {', '.join(shapes)}")
-    table = table.drop_columns(["shapes"]).replace_schema_metadata({"shapes": shapes[0]})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue().to_pybytes()
-
-
-def read_images(root: Store, path: str) -> Images:
-    """One system's file, in the order of the prompts."""
-    with root.arrow.open_input_file(root.path(path)) as file:
-        table = pq.read_table(file)
-    try:
-        shapes = json.loads(table.schema.metadata[b"shapes"])
-        arrays = {
-            name: np.frombuffer(b"".join(table[name].to_pylist()), dtype).reshape(-1, *shapes[name])
-            for name, dtype in _ARRAYS.items()
-        }
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{root.path(path)} is not a file of evaluation pictures") from error
-    return Images(tuple(table["prompt"].to_pylist()), tuple(table["seed"].to_pylist()), **arrays)
+        where = self.where
+        write_part(where.root, where.folders[system], start, where.total, images)
+        return pa.table({"rows": [len(prompts)]})

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from pipelines import cifar10
 from pipelines.config import EvaluateSection, StorageSection
 from pipelines.images import SamplerPool
 from pipelines.storage import Store, open_store
+from pipelines.stored_images import Pictures
 from pipelines.systems import Images
 
 REAL = "real"
@@ -58,36 +59,36 @@ class Judge:
     def features(
         self,
         root: Store,
-        files: Mapping[str, str],
-        images: Mapping[str, Images],
+        folders: Mapping[str, str],
+        images: Mapping[str, Pictures],
         pool: SamplerPool,
         on_progress: Progress | None = None,
-    ) -> dict[str, Images]:
-        """`images` with Inception features, and with the real pictures where there are any.
+    ) -> dict[str, np.ndarray]:
+        """System → Inception features (N,2048) of `images`, and of the real pictures where there
+        are any.
 
-        `files`: system → its file of pictures under `root`; the features are kept beside it. A
-        system without a file is not kept.
+        `folders`: system → its folder of pictures under `root`; the features are kept beside it.
+        Those of a system without a folder are not kept.
         """
-        sets = {
-            system: (entry, root, _beside(files.get(system))) for system, entry in images.items()
+        sets: dict[str, tuple[Pictures, Store, str | None]] = {
+            system: (entry, root, _beside(folders.get(system))) for system, entry in images.items()
         }
         if self.real:
             pictures = real_images(self.data(), images[next(iter(images))].prompts)
             sets[REAL] = (pictures, self.data(), _real_key(self.data(), pictures))
-        found, total = {}, sum(len(entry.pictures) for entry, _, _ in sets.values())
+        found, total = {}, sum(len(entry.prompts) for entry, _, _ in sets.values())
         done = 0
         for system, (entry, store, key) in sets.items():
-            features = self._kept(store, key, entry.pictures, pool)
-            found[system] = replace(entry, features=features)
-            done += len(features)
+            found[system] = self._kept(store, key, entry, pool)
+            done += len(found[system])
             if on_progress is not None:
                 on_progress(done, total)
         return found
 
     def _kept(
-        self, store: Store, key: str | None, pictures: np.ndarray, pool: SamplerPool
+        self, store: Store, key: str | None, pictures: Pictures, pool: SamplerPool
     ) -> np.ndarray:
-        if key is not None and (found := _read(store, key, len(pictures))) is not None:
+        if key is not None and (found := _read(store, key, len(pictures.prompts))) is not None:
             return found
         features = inception_features(self.weights, pictures, pool)
         if key is not None:
@@ -95,19 +96,14 @@ class Judge:
         return features
 
 
-def inception_features(weights: str, pictures: np.ndarray, pool: SamplerPool) -> np.ndarray:
-    """(N,H,W,3) uint8 → (N,2048) float32, on the pool's actors, or here with 0 of them. Equal
-    pictures (the mean picture, N times) are seen once."""
-    distinct: dict[bytes, int] = {}
-    index = [distinct.setdefault(picture.tobytes(), len(distinct)) for picture in pictures]
-    once = pictures[np.unique(np.array(index), return_index=True)[1]]
-    chunks = [once[start : start + _CHUNK] for start in range(0, len(once), _CHUNK)]
+def inception_features(weights: str, images: Pictures, pool: SamplerPool) -> np.ndarray:
+    """(N,2048) float32, on the pool's actors, or here with 0 of them. Each task reads the pictures
+    it sees by itself."""
+    groups = images.groups(_CHUNK)
     if not pool.actors:
-        parts = [_compute(weights, chunk) for chunk in chunks]
-    else:
-        task = ray.remote(_compute).options(num_cpus=pool.cpus, num_gpus=pool.gpus, **pool.where)
-        parts = ray.get([task.remote(weights, chunk) for chunk in chunks])
-    return np.concatenate(parts)[index]
+        return np.concatenate([_compute(weights, group) for group in groups])
+    task = ray.remote(_compute).options(num_cpus=pool.cpus, num_gpus=pool.gpus, **pool.where)
+    return np.concatenate(ray.get([task.remote(weights, group) for group in groups]))
 
 
 def real_images(store: Store, prompts: Sequence[str]) -> Images:
@@ -141,13 +137,18 @@ def _label(prompt: str) -> int:
     return names[prompt.strip().lower()]
 
 
-def _compute(weights: str, pictures: np.ndarray) -> np.ndarray:
+def _compute(weights: str, images: Pictures) -> np.ndarray:
+    """Equal pictures (the mean picture, N times) are seen once."""
+    pictures = np.concatenate([part.pictures for part in images.parts()])
+    distinct: dict[bytes, int] = {}
+    index = [distinct.setdefault(picture.tobytes(), len(distinct)) for picture in pictures]
+    once = pictures[np.unique(np.array(index), return_index=True)[1]]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_inception(weights, device=device)(pictures)
+    return load_inception(weights, device=device)(once)[index]
 
 
-def _beside(path: str | None) -> str | None:
-    return None if path is None else path.removesuffix(".parquet") + _SUFFIX
+def _beside(folder: str | None) -> str | None:
+    return None if folder is None else folder + _SUFFIX
 
 
 def _real_key(store: Store, pictures: Images) -> str:

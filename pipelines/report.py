@@ -17,7 +17,6 @@ from markupsafe import Markup
 
 from pipelines.evaluation import METRICS, NOISE, NOISE_PROMPTS
 from pipelines.health_record import HEALTH, HealthEvent, read_events
-from pipelines.images import read_images
 from pipelines.plots import Interval, encode_png, interval_plot, loss_curve, loss_series
 from pipelines.report_text import (
     findings,
@@ -38,6 +37,7 @@ from pipelines.report_validation import (
     validation_curves,
 )
 from pipelines.storage import Store
+from pipelines.stored_images import open_images
 from pipelines.systems import START, STUDENT, TEACHER, few_step_name
 
 TRAINING_LOG = "metrics.jsonl"
@@ -86,7 +86,7 @@ def collect_inputs(
         raise FileNotFoundError(f"{run.url} has no {METRICS}; expected an evaluated run")
     metrics = json.loads(run.fs.cat_file(run.path(METRICS)))
     shown = {
-        system: read_images(run, metrics["pictures"][system])
+        system: open_images(run, metrics["pictures"][system]).first(images)
         for system in _LABELS
         if system in metrics["pictures"]
     }
@@ -101,8 +101,8 @@ def collect_inputs(
     return ReportInputs(
         title=title,
         metrics=metrics,
-        prompts=shown[TEACHER].prompts[:images],
-        pictures={system: entry.pictures[:images] for system, entry in shown.items()},
+        prompts=shown[TEACHER].prompts,
+        pictures={system: entry.pictures for system, entry in shown.items()},
         records=records,
         samples=_read_samples(run),
         sources=sources,

@@ -5,7 +5,7 @@ other noise, as the independent reference. Nothing here needs Ray.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -137,6 +137,34 @@ class Images:
     latents: np.ndarray
     pictures: np.ndarray
     features: np.ndarray
+
+    @staticmethod
+    def cat(parts: Sequence["Images"]) -> "Images":
+        """One after the other."""
+        names = ("latents", "pictures", "features")
+        return Images(
+            tuple(prompt for part in parts for prompt in part.prompts),
+            tuple(seed for part in parts for seed in part.seeds),
+            *(np.concatenate([getattr(part, name) for part in parts]) for name in names),
+        )
+
+    def rows(self, chosen: slice) -> "Images":
+        return Images(
+            self.prompts[chosen],
+            self.seeds[chosen],
+            self.latents[chosen],
+            self.pictures[chosen],
+            self.features[chosen],
+        )
+
+    def parts(self) -> Iterator["Images"]:
+        """As those that are stored are read: here, all at once."""
+        yield self
+
+    def groups(self, rows: int) -> Sequence["Images"]:
+        """In pieces of so many rows."""
+        starts = range(0, len(self.prompts), rows)
+        return [self.rows(slice(start, start + rows)) for start in starts]
 
 
 def network_evaluations(

@@ -13,9 +13,9 @@ from dmd_core.noise import sample_noise, stable_seed
 from dmd_core.teacher import load_teacher
 from jobs.cli import main
 from pipelines.batches import PairReader
-from pipelines.images import read_images
 from pipelines.manifest import latest_manifest
 from pipelines.storage import open_store
+from pipelines.stored_images import open_images
 from tests.pipelines.made_pairs import made_batch, write_file
 from tests.pipelines.sealed_sets import commit_files
 from tests.report_lines import picture_again
@@ -97,7 +97,7 @@ def test_one_prompt_walks_all_ten_stations(tiny_teacher_dir, tmp_path, ray_clust
     listing = json.loads((run / "evaluation" / "latents.json").read_text())
     prompts = [entry["prompt"] for entry in listing]
     noise = safetensors.torch.load_file(run / "evaluation" / "latents.safetensors")["latents"]
-    shown = read_images(open_store(str(run)), metrics["pictures"]["student"])
+    shown = open_images(open_store(str(run)), metrics["pictures"]["student"]).first(1000)
     fox = prompts.index("a red fox")
     picture = student(
         "a red fox", latents=noise[fox : fox + 1], num_inference_steps=1, guidance_scale=0

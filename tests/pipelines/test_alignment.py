@@ -8,9 +8,10 @@ from dmd_core.clip_score import ClipError, ClipScorer, clip_revision
 from pipelines.alignment import alignment, clip_folder, measure_alignment
 from pipelines.config import EvaluateSection, PairsSection, StorageSection
 from pipelines.hub import HubError
-from pipelines.images import SamplerPool, image_files, make_images, read_images
+from pipelines.images import SamplerPool, image_folders, make_images
 from pipelines.report_text import tiles
 from pipelines.storage import open_store
+from pipelines.stored_images import open_images
 from pipelines.systems import STUDENT, TEACHER, Networks, SamplingPlan, few_step_name
 from tests.tiny_clip import save_tiny_clip
 
@@ -34,7 +35,7 @@ def sampled(networks, tmp_path_factory):
     torch.set_num_threads(1)
     evaluate = EvaluateSection(few_steps=(1,), batch_size=4)
     plan = SamplingPlan.from_sections(evaluate, PairsSection(steps=4))
-    files = image_files(
+    files = image_folders(
         plan, PROMPTS, [TEACHER, FEW], teacher_revision="", student_revision="", mean=None
     )
     folder = open_store(str(tmp_path_factory.mktemp("evaluation")))
@@ -55,7 +56,7 @@ def test_another_student_has_its_own(networks, sampled, clip_dir):
     folder, files = sampled
     other = {TEACHER: files[TEACHER], STUDENT: files[FEW]}
     found = measure_alignment(clip_dir, networks, folder, other, 0.95)
-    images = [read_images(folder, path) for path in other.values()]
+    images = [open_images(folder, path).first(len(PROMPTS)) for path in other.values()]
     teacher, student = (ClipScorer(clip_dir)(one.pictures, one.prompts) for one in images)
     assert found["clip_score"][TEACHER]["value"] == pytest.approx(teacher.mean())
     difference = found["clip_score_difference"]

@@ -34,8 +34,8 @@ from pipelines.beside_results import (
 from pipelines.beside_settings import EvaluationSection
 from pipelines.beside_task import evaluate_checkpoint, evaluation_task, measurable
 from pipelines.config import EvaluateSection, PairsSection, StorageSection
-from pipelines.images import read_images
 from pipelines.storage import open_store
+from pipelines.stored_images import open_images
 from pipelines.systems import START, TEACHER, TEACHER_AGAIN, Networks, SystemSampler
 from pipelines.train_config import TrainSection
 from tests.pipelines.beside_runs import fit, save_student
@@ -266,11 +266,11 @@ def test_an_untrained_checkpoint_measures_as_the_start_does(task, store, _one_th
     assert found.metrics["rmse"] == pytest.approx(asdict(expected), rel=0.05)
     assert found.metrics["retrieval"] is None  # no gallery
     assert "gallery" in measurable(EvaluationSection(metric="retrieval"), task.teacher, prompts)
-    stored = read_images(store.at("evaluation", task.inputs), "teacher.parquet")
+    stored = open_images(store.at("evaluation", task.inputs), "teacher").first(4)
     batch = sampler(TEACHER, prompts[:4], task.plan().seeds(TEACHER, prompts[:4]))
-    np.testing.assert_array_equal(stored.pictures[:4], batch.pictures)
+    np.testing.assert_array_equal(stored.pictures, batch.pictures)
     assert sorted(path.name for path in Path(store.path("evaluation", task.inputs)).iterdir()) == [
-        "teacher.parquet", "teacher_again.parquet"
+        "teacher", "teacher_again"
     ]  # fmt: skip
 
 

@@ -8,8 +8,8 @@ import pytest
 from diffusers import DiffusionPipeline
 
 from jobs.cli import main
-from pipelines.images import read_images
 from pipelines.storage import open_store
+from pipelines.stored_images import open_images
 from tests.pipelines import small_cifar10 as small
 from tests.report_lines import picture_again
 
@@ -67,7 +67,7 @@ def test_from_the_data_set_to_the_report(tmp_path):
         systems["student"]["kid"]["value"], abs=1e-3
     )
     assert "real pictures" in (run / "report.html").read_text()
-    shown = read_images(open_store(str(run)), metrics["pictures"]["student"]).pictures[0]
+    shown = open_images(open_store(str(run)), metrics["pictures"]["student"]).first(1).pictures[0]
     again = picture_again(run / "report.html")
     assert np.abs(again.astype(int) - shown.astype(int)).max() <= 1
     student = DiffusionPipeline.from_pretrained(str(run / "student"))

@@ -21,10 +21,11 @@ from dmd_core.noise import sample_noise
 from dmd_core.ode import make_scheduler, solvers_for
 from pipelines.config import EvaluateSection, PairsSection, StorageSection
 from pipelines.evaluation import NOISE, NOISE_PROMPTS, evaluate, verdict
-from pipelines.images import image_files, make_images, read_images
+from pipelines.images import SamplerPool, image_folders, make_images
 from pipelines.plots import picture_grid
 from pipelines.report import collect_inputs, render_report
 from pipelines.storage import open_store
+from pipelines.stored_images import open_images, stored_parts
 from pipelines.systems import (
     Networks,
     SamplingPlan,
@@ -175,15 +176,15 @@ def test_energy_is_joules_over_pictures(monkeypatch):
 def test_files_change_with_what_decides_their_content_and_only_then(plan):
     systems = ["teacher", "teacher_1", "student", "mean"]
     inputs = {"teacher_revision": "t", "student_revision": "s", "mean": MEAN_LATENT}
-    files = image_files(plan, PROMPTS, systems, **inputs)
-    retrained = image_files(plan, PROMPTS, systems, **(inputs | {"student_revision": "s2"}))
+    files = image_folders(plan, PROMPTS, systems, **inputs)
+    retrained = image_folders(plan, PROMPTS, systems, **(inputs | {"student_revision": "s2"}))
     assert {name for name in systems if files[name] != retrained[name]} == {"student"}
-    other_mean = image_files(plan, PROMPTS, systems, **(inputs | {"mean": MEAN_LATENT + 1}))
+    other_mean = image_folders(plan, PROMPTS, systems, **(inputs | {"mean": MEAN_LATENT + 1}))
     assert {name for name in systems if files[name] != other_mean[name]} == {"mean"}
     for changed in ({"steps": 5}, {"seed": 1}, {"guidance_scale": 2.0}, {"solver": "ddim"}):
-        other = image_files(replace(plan, **changed), PROMPTS, systems, **inputs)
+        other = image_folders(replace(plan, **changed), PROMPTS, systems, **inputs)
         assert not set(other.values()) & set(files.values()), changed
-    more = image_files(replace(plan, few_steps=(1, 2, 8)), PROMPTS, systems, **inputs)
+    more = image_folders(replace(plan, few_steps=(1, 2, 8)), PROMPTS, systems, **inputs)
     assert more == files
 
 
@@ -191,9 +192,13 @@ def test_foreign_file_is_refused(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"prompt": ["fox"]}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"x\.parquet is not a file of evaluation pictures"):
-        read_images(open_store(str(tmp_path)), "x.parquet")
+    store, folder = open_store(str(tmp_path)), tmp_path / "x"
+    with pytest.raises(ValueError, match="x holds no evaluation pictures"):
+        open_images(store, "x")
+    folder.mkdir()
+    pq.write_table(pa.table({"prompt": ["fox"]}), folder / "00000000.parquet")
+    with pytest.raises(ValueError, match="x does not hold evaluation pictures"):
+        open_images(store, "x")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +260,7 @@ def test_plain_diffusers_makes_the_stored_picture_from_the_noise_file(evaluated,
         guidance_scale=0,
         output_type="np",
     ).images[0]
-    stored = read_images(run, metrics["pictures"]["student"]).pictures[2]
+    stored = open_images(run, metrics["pictures"]["student"]).first(3).pictures[2]
     assert np.abs(picture * 255 - stored).max() <= 1
 
 
@@ -271,7 +276,7 @@ def test_report_of_the_evaluated_run_shows_what_was_sampled(evaluated):
     inputs = collect_inputs(run, title="t", images=3)
     assert tuple(inputs.prompts) == HELD_OUT[:3]
     for system in ("teacher", "student", "start", "teacher_1"):
-        stored = read_images(run, metrics["pictures"][system]).pictures[:3]
+        stored = open_images(run, metrics["pictures"][system]).first(3).pictures
         assert np.array_equal(inputs.pictures[system], stored)
     assert [step for step, _ in inputs.samples] == [4, 30, 200]
     files = {source.name: source.file for source in inputs.sources}
@@ -292,19 +297,49 @@ def test_run_is_read_the_same_from_an_object_store(evaluated, s3_store):
 
 
 def test_interrupted_sampling_goes_on_with_what_is_missing(evaluated, networks):
+    """Of two batches of a system that is half done, the one that is there is left alone."""
     run, metrics, _ = evaluated
-    files = {name: metrics["pictures"][name] for name in ("teacher_1", "student")}
-    kept, lost = (Path(run.path(path)) for path in files.values())
-    before, written = lost.read_bytes(), kept.stat().st_mtime_ns
+    folders = {name: metrics["pictures"][name] for name in ("teacher_1", "student")}
+    files = [path for folder in folders.values() for path in Path(run.path(folder)).iterdir()]
+    assert sorted({path.name for path in files}) == ["00000000.parquet", "00000008.parquet"]
+    assert len(files) == 4
+    written = {path: path.stat().st_mtime_ns for path in files}
+    lost = Path(run.path(folders["student"])) / "00000008.parquet"
+    before = lost.read_bytes()
     lost.unlink()
+    with pytest.raises(ValueError, match="holds 8 of 12 evaluation pictures"):
+        open_images(run, folders["student"])
     section = EvaluateSection(teacher_steps=4, few_steps=(1,), batch_size=8)
     plan = SamplingPlan.from_sections(section, PairsSection(guidance_scale=3.0))
-    make_images(run, files, HELD_OUT, plan, networks)
-    assert lost.read_bytes() == before and kept.stat().st_mtime_ns == written
-    images = read_images(run, files["student"])
+    told = []
+    make_images(
+        run, folders, HELD_OUT, plan, networks,
+        pool=SamplerPool(actors=0), on_progress=lambda *count: told.append(count),
+    )  # fmt: skip
+    assert told == [(24, 24)]  # four pictures of 24 were missing
+    assert lost.read_bytes() == before
+    assert {path for path in files if path.stat().st_mtime_ns != written[path]} == {lost}
+    images = open_images(run, folders["student"])
     assert images.prompts == HELD_OUT
     assert list(images.seeds) == plan.seeds("student", HELD_OUT)
     assert not list(Path(run.root).rglob("*.tmp"))
+
+
+def test_stored_pictures_are_read_in_parts_in_groups_and_from_the_top(evaluated):
+    run, metrics, _ = evaluated
+    images = open_images(run, metrics["pictures"]["student"])
+    parts = list(images.parts())
+    assert [len(part.prompts) for part in parts] == [8, 4]
+    np.testing.assert_array_equal(
+        images.features, np.concatenate([part.features for part in parts])
+    )
+    groups = images.groups(8)
+    assert [group.prompts for group in groups] == [HELD_OUT[:8], HELD_OUT[8:]]
+    assert [group.prompts for group in images.groups(100)] == [HELD_OUT]
+    top = images.first(10)
+    assert top.prompts == HELD_OUT[:10] and len(top.pictures) == 10
+    np.testing.assert_array_equal(top.pictures[8:], parts[1].pictures[:2])
+    assert stored_parts(run, "nowhere") == []
 
 
 def test_too_few_prompts_are_refused(networks, tmp_path):

@@ -1,7 +1,7 @@
 """Inception features of stored pictures, and real pictures as the reference of both systems."""
 
 import hashlib
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import torch
 
 from dmd_core import inception
 from dmd_core.inception import DIMENSION
-from dmd_core.metrics import frechet_distance, kid
+from dmd_core.metrics import frechet_distance, kid, regression_distance
 from pipelines import inception_features
 from pipelines.cifar10 import CLASSES, Cifar10Error, load_split
 from pipelines.config import EvaluateSection, StorageSection
@@ -17,6 +17,7 @@ from pipelines.evaluation import measure_system, reference_of
 from pipelines.images import SamplerPool
 from pipelines.inception_features import REAL, Judge, real_images
 from pipelines.storage import open_store
+from pipelines.stored_images import open_images, write_part
 from pipelines.systems import STUDENT, TEACHER, TEACHER_AGAIN, Images, SamplingPlan
 from tests.pipelines import small_cifar10 as small
 
@@ -51,7 +52,7 @@ def data(tmp_path_factory):
 def _images(prompts, seed: int, count: int | None = None) -> Images:
     rng = np.random.default_rng(seed)
     pictures = rng.integers(0, 256, (len(prompts), 32, 32, 3), dtype=np.uint8)
-    nothing = np.empty((len(prompts), 0), np.float32)
+    nothing = np.zeros((len(prompts), 1), np.float32)
     return Images(tuple(prompts), tuple(range(len(prompts))), nothing, pictures, nothing)
 
 
@@ -79,12 +80,13 @@ def test_features_are_kept_beside_the_pictures_and_the_data_set(
     assert judge is not None
     prompts, store = CLASSES * 2, open_store(str(tmp_path / "run"))
     given = {TEACHER: _images(prompts, 1), STUDENT: _images(prompts, 2)}
-    files = {TEACHER: "abc/teacher.parquet"}  # the student's pictures are not kept
-    found = judge.features(store, files, given, HERE)
+    folders = {TEACHER: "abc/teacher"}  # the student's pictures are not kept
+    found = judge.features(store, folders, given, HERE)
     assert list(found) == [TEACHER, STUDENT, REAL] and reference_of(found) == REAL
     network = inception.Inception(_Pool())
-    for entry in found.values():
-        assert np.allclose(entry.features, network(entry.pictures), atol=1e-5)
+    pictures = given | {REAL: real_images(data, prompts)}
+    for system, features in found.items():
+        assert np.allclose(features, network(pictures[system].pictures), atol=1e-5)
     assert [p.name for p in (tmp_path / "run").rglob("*.safetensors")] == [
         "teacher.inception.safetensors"
     ]
@@ -94,29 +96,31 @@ def test_features_are_kept_beside_the_pictures_and_the_data_set(
     monkeypatch.setattr(
         inception_features,
         "inception_features",
-        lambda *arguments: computed.append(len(arguments[1])) or whole(*arguments),
+        lambda *arguments: computed.append(len(arguments[1].prompts)) or whole(*arguments),
     )
-    again = judge.features(store, files, given, HERE)
+    again = judge.features(store, folders, given, HERE)
     assert computed == [20]  # the student alone
-    assert np.array_equal(again[REAL].features, found[REAL].features)
+    assert np.array_equal(again[REAL], found[REAL])
     other = {TEACHER: _images(CLASSES, 1)}
-    judge.features(store, {TEACHER: "def/teacher.parquet"}, other, HERE)
+    judge.features(store, {TEACHER: "def/teacher"}, other, HERE)
     assert computed == [20, 10, 10]  # other rows of the real pictures, other features
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_tasks_give_what_this_process_gives(weights, monkeypatch):
-    pictures = _images(CLASSES * 3, 5).pictures
-    pictures = np.concatenate([pictures, pictures[:7]])
-    expected = inception_features.inception_features(weights, pictures, HERE)
-    assert expected.shape == (37, DIMENSION)
-    assert np.array_equal(expected[:7], expected[30:])
+    images = _images(CLASSES * 3, 5)
+    images.pictures[10:17] = images.pictures[:7]  # equal ones are seen once
+    expected = inception_features.inception_features(weights, images, HERE)
+    assert expected.shape == (30, DIMENSION)
+    assert np.array_equal(expected[:7], expected[10:17])
+    network = inception.Inception(_Pool())
+    assert np.allclose(expected, network(images.pictures), atol=1e-5)
     monkeypatch.setattr(inception_features, "_CHUNK", 8)
     # The workers know the true weights only: they must refuse these.
     from ray.exceptions import RayTaskError
 
     with pytest.raises(RayTaskError, match="another network"):
-        inception_features.inception_features(weights, pictures, SamplerPool(actors=1))
+        inception_features.inception_features(weights, images, SamplerPool(actors=1))
 
 
 def test_teacher_and_student_are_measured_against_the_real_pictures():
@@ -127,23 +131,32 @@ def test_teacher_and_student_are_measured_against_the_real_pictures():
         STUDENT: rng.normal(0.4, 1, (count, 40)),
         REAL: rng.normal(0, 1, (count, 40)),
     }
-    images = {
-        system: Images(entry.prompts, entry.seeds, entry.latents, entry.pictures, features[system])
-        for system, entry in ((s, _images(prompts, 1)) for s in features)
-    }
-    teacher, student = (measure_system(s, images, None, 0.95) for s in (TEACHER, STUDENT))
+    images = {system: _images(prompts, 1) for system in (TEACHER, STUDENT)}
+
+    def measured(system: str, features: dict[str, np.ndarray], images=images) -> dict:
+        return measure_system(system, images, features, None, 0.95)
+
+    teacher, student = (measured(system, features) for system in (TEACHER, STUDENT))
     assert teacher["kid"] == asdict(kid(features[TEACHER], features[REAL]))
     assert teacher["kid"]["value"] < student["kid"]["value"]
     assert teacher["rmse"] is None and student["rmse"]["value"] == 0.0
     fid = frechet_distance(features[STUDENT], features[REAL])
     assert student["fid"] == {"value": fid, "samples": count}
-    few = {
-        s: replace(e, features=e.features[:150], pictures=e.pictures[:150])
-        for s, e in images.items()
-    }
-    assert measure_system(STUDENT, few, None, 0.95)["fid"] is None  # fewer than 4 a feature
-    drawn = {TEACHER: images[TEACHER], TEACHER_AGAIN: images[REAL], STUDENT: images[STUDENT]}
-    assert measure_system(STUDENT, drawn, None, 0.95)["fid"] is None  # not to real pictures
+    few = {system: values[:150] for system, values in features.items()}
+    assert measured(STUDENT, few)["fid"] is None  # fewer than 4 a feature
+    drawn = {STUDENT: features[STUDENT], TEACHER_AGAIN: features[REAL]}
+    assert measured(STUDENT, drawn)["fid"] is None  # not to real pictures
+
+
+def test_pictures_in_files_of_other_sizes_are_compared_row_by_row(tmp_path):
+    store, teacher, student = open_store(str(tmp_path)), _images(CLASSES, 1), _images(CLASSES, 2)
+    for start in (0, 4, 8):
+        write_part(store, "teacher", start, 10, teacher.rows(slice(start, start + 4)))
+    images = {TEACHER: open_images(store, "teacher"), STUDENT: student}
+    features = {STUDENT: np.zeros((10, 2)), TEACHER_AGAIN: np.ones((10, 2))}
+    found = measure_system(STUDENT, images, features, None, 0.95)["rmse"]
+    scaled = [entry.pictures.astype(np.float32) / 255 for entry in (student, teacher)]
+    assert found == pytest.approx(asdict(regression_distance(*scaled)))
 
 
 def test_the_nth_picture_of_a_prompt_has_a_noise_of_its_own_and_the_first_keeps_its_own():

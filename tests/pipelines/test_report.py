@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 
 from pipelines.health_record import HealthEvent, HealthRecordError, add_event
-from pipelines.images import Images
 from pipelines.plots import loss_curve, loss_series, picture_grid, running_mean
 from pipelines.report import ReportInputs, Source, collect_inputs, render_report, went_on_at
 from pipelines.report_text import findings, headline, health_lines, pair_switches, table_rows
 from pipelines.report_validation import read_validation
 from pipelines.storage import open_store
+from pipelines.stored_images import write_part
+from pipelines.systems import Images
 
 TEMPLATE = resources.files("jobs").joinpath("templates/report.html.j2").read_text("utf-8")
 HOSTILE = "<script>alert('x')</script> & \"fox\""
@@ -74,7 +75,7 @@ def _metrics(*, with_retrieval: bool = True) -> dict:
             "threads": 1,
             "joules_per_picture": {"value": "not measured", "reason": "no counter on cpu"},
         },
-        "pictures": {"teacher": "evaluation/abc/teacher.parquet"},
+        "pictures": {"teacher": "evaluation/abc/teacher"},
         "provenance": {"steps": 50, "few_steps": [1]},
     }
 
@@ -373,11 +374,11 @@ def test_what_was_measured_while_it_trained_is_drawn(tmp_path):
     assert not any("retrieval" in label for label in labels)
 
 
-def test_a_run_is_collected_with_its_health_and_validation(tmp_path, monkeypatch):
+def test_a_run_is_collected_with_its_health_and_validation(tmp_path):
     run = open_store(str(tmp_path))
     nothing = np.zeros((1, 1), np.float32)
-    images = Images(("fox",), (1,), latents=nothing, pictures=_pictures(1), features=nothing)
-    monkeypatch.setattr("pipelines.report.read_images", lambda *_: images)
+    images = Images(("fox",), (1,), nothing, _pictures(1), nothing)
+    write_part(run, "evaluation/abc/teacher", 0, 1, images)
     run.fs.pipe_file(run.path("metrics.json"), json.dumps(_metrics()).encode())
     add_event(run, _EVENTS[0])
     _write_validation(run, 200, {"kid": _estimate(0.5)})
