@@ -1,6 +1,9 @@
 """`dmd evaluate`: student against teacher on held-out prompts, same noise (station 9)."""
 
+import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from pipelines.costs import (
     pair_rate,
 )
 from pipelines.evaluation import METRICS, evaluate
+from pipelines.images import NUMERICS_VERSION
 from pipelines.pairs import fingerprint_of
 from pipelines.prompts import read_prompts
 from pipelines.systems import (
@@ -47,17 +51,12 @@ def run(session: Session) -> dict[str, Any]:
     exported = session.read_json(EXPORTED)
     if exported is None:
         raise JobError(f"{session.store.url} has no student; run `dmd export` first")
-    inputs = {
-        "evaluate": recipe.evaluate.model_dump(mode="json", exclude=_WHERE),
-        "step": exported["step"],
-        "pairs_digest": exported["pairs_digest"],
-        "teacher_revision": exported["teacher_revision"],
-    }
+    prompts = read_prompts(resolve_shipped(recipe.evaluate.prompts), recipe.storage).prompts
+    inputs = _inputs(session, exported, prompts)
     metrics = session.read_json(METRICS)
     if metrics is not None and metrics["provenance"].get("inputs") == inputs:
         session.display.done("evaluate: nothing to do, metrics.json is up to date")
         return metrics
-    prompts = read_prompts(resolve_shipped(recipe.evaluate.prompts), recipe.storage).prompts
     networks = Networks(
         teacher=session.teacher_url,
         student=exported["student"],
@@ -81,6 +80,21 @@ def run(session: Session) -> dict[str, Any]:
         )
     session.display.done(f"evaluate: {session.store.url}/{METRICS}")
     return metrics
+
+
+def _inputs(session: Session, exported: dict[str, Any], prompts: Sequence[str]) -> dict[str, Any]:
+    """All that decides the figures: settings, the bytes of the prompts, teacher, student, and how
+    both are sampled."""
+    recipe = session.recipe
+    plan = SamplingPlan.from_sections(recipe.evaluate, recipe.pairs, recipe.train.student_timesteps)
+    inputs = {
+        "numerics": NUMERICS_VERSION,
+        "evaluate": recipe.evaluate.model_dump(mode="json", exclude=_WHERE),
+        "plan": asdict(plan),
+        "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        **{key: exported[key] for key in ("step", "pairs_digest", "teacher_revision", "student")},
+    }
+    return json.loads(json.dumps(inputs))  # as they are read back
 
 
 def plan(session: Session) -> dict[str, Any]:
