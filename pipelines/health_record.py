@@ -9,7 +9,7 @@ were given up count for nothing, also one whose writing ended after the event.
 - A kill before the event is written: the run goes on from its newest believed checkpoint, sees the
   same lines again (the log is flushed before a checkpoint is saved) and comes to the same verdict.
 - A kill after it, before or during the restore: the next start restores the newest believed
-  checkpoint, which is that of `to_step` (or step 0), under `remedies(events)`: where the run would
+  checkpoint, which is that of `to_step`, under `remedies(events)`: where the run would
   have gone on without the kill.
 - The same verdict of a repeated step adds no second event.
 

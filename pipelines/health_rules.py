@@ -126,15 +126,15 @@ class HealthMonitor:
 
 
 def last_good(committed: Iterable[int], verdict: Verdict) -> int | None:
-    """The newest of the believed committed steps from before the violations; None: start again from
-    step 0."""
+    """The newest of the believed committed steps from before the violations, step 0 in any case;
+    None: none of them is left."""
     return max(_before(committed, verdict.since_step), default=None)
 
 
 def _before(committed: Iterable[int], since_step: int) -> list[int]:
     """The steps whose state no violating line has measured: the samples of step n + 1 are those of
-    the networks that were saved at step n."""
-    return [step for step in committed if step + 1 < since_step]
+    the networks that were saved at step n. Step 0 is the teacher itself: other factors may help."""
+    return [step for step in committed if step == 0 or step + 1 < since_step]
 
 
 def _violates(rule: HealthRule, value: float) -> bool:

@@ -3,6 +3,7 @@ before anything follows from it."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -67,14 +68,19 @@ class HealthWatch:
         return None if verdict is None else settled(verdict, self._events, self._section)
 
     def record(self, verdict: Verdict, *, to_step: int | None = None) -> None:
-        """Write it down. `to_step`: of a rollback. Raises `StoppedError` for a stop."""
+        """Write it down. `to_step`: of a rollback; one without it is a stop, for it has
+        nothing to go back to. Raises `StoppedError` for a stop."""
+        why = ""
+        if verdict.action == "rollback" and to_step is None:
+            why = f", and no checkpoint from before step {verdict.since_step} is left to go back to"
+            verdict = replace(verdict, action="stop")
         self._events = self._group.first(lambda: self._add(verdict, to_step))
         if verdict.action == "stop":
             raise StoppedError(
-                f"stopped at step {verdict.step}: {verdict.rule.words} ({verdict.value:g}). Look "
-                f"at samples/ and health.json in {self._store.url}; then start again in another "
-                "run.dir with a lower train.learning_rate or more train.fake_updates, or change "
-                "train.health.rules"
+                f"stopped at step {verdict.step}: {verdict.rule.words} ({verdict.value:g}){why}. "
+                f"Look at samples/ and health.json in {self._store.url}; then start again in "
+                "another run.dir with a lower train.learning_rate or more train.fake_updates, or "
+                "change train.health.rules"
             )
 
     def needed(self, committed: Sequence[int]) -> set[int]:

@@ -25,7 +25,8 @@ from dmd_core.checkpoint import (
 )
 from dmd_core.files import store_errors
 from dmd_core.networks import DmdNetworks
-from pipelines.health_record import HealthEvent, believed
+from pipelines.health_record import HEALTH, HealthEvent, HealthRecordError, believed
+from pipelines.health_rules import Verdict, last_good
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store
 from pipelines.workers import Group
@@ -99,9 +100,15 @@ class RunCheckpoints:
         self._count_failure()  # the next saver knows nothing of it
         self._saver = self._open()
 
+    def goal(self, verdict: Verdict) -> int | None:
+        """Where a rollback for it goes; None: nothing is left to go back to. Waits for the save
+        that is under way: it may be of a step to be forgotten."""
+        self.settle()
+        return self._group.first(lambda: last_good(self.committed(), verdict))
+
     def drop_after(self, step: int) -> None:
-        """Forget what was saved after `step`, to go back there. `settle` first: what is on its way
-        may be of a step to be forgotten."""
+        """Forget what was saved after `step`, a `goal`. Raises `CheckpointError`, and removes
+        nothing, where `step` itself has no checkpoint."""
         self._group.first(lambda: self._remove_after(step))
 
     def close(self) -> None:
@@ -121,12 +128,24 @@ class RunCheckpoints:
         steps = self.committed()
         counts = {s: read_state(self._fs, self._root, s).get("rollbacks", 0) for s in steps}
         trusted = believed(events, counts)
+        if steps and not trusted:  # or all of them would go
+            raise HealthRecordError(
+                f"{HEALTH} in {self._root.removesuffix('/' + CHECKPOINTS)} lists a rollback to a "
+                f"step whose checkpoint is gone; those of steps {', '.join(map(str, steps))} are "
+                "from after it. Put that checkpoint back, or start again in another run.dir"
+            )
         for step in set(steps) - set(trusted):
             remove_checkpoint(self._fs, self._root, step)
         return trusted[-1] if trusted else None
 
     def _remove_after(self, step: int) -> None:
-        for later in self.committed():
+        committed = self.committed()
+        if step not in committed:
+            raise CheckpointError(
+                f"{self._root} has no checkpoint of step {step} to go back to; it has "
+                f"{', '.join(map(str, committed)) or 'none'}"
+            )
+        for later in committed:
             if later > step:
                 remove_checkpoint(self._fs, self._root, later)
 

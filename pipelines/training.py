@@ -24,7 +24,7 @@ from pipelines.beside import Beside
 from pipelines.beside_task import EvaluationTask
 from pipelines.fence import Fence
 from pipelines.health_record import HealthRecordError, Remedies
-from pipelines.health_rules import derived, last_good
+from pipelines.health_rules import derived
 from pipelines.health_watch import HealthWatch, StoppedError
 from pipelines.lease import LeaseLostError
 from pipelines.prefetch import Prefetcher
@@ -225,12 +225,10 @@ class _DmdRun:
             return False
         self._check_lease()
         self.log.flush()  # what led to it can be seen, whatever follows
-        if verdict.action != "rollback":
-            self.health.record(verdict)
-            return False
-        self.checkpoints.settle()
-        goal = self.group.first(lambda: last_good(self.checkpoints.committed(), verdict) or 0)
+        goal = self.checkpoints.goal(verdict) if verdict.action == "rollback" else None
         self.health.record(verdict, to_step=goal)
+        if goal is None:
+            return False
         self.data.forget()
         self.checkpoints.drop_after(goal)
         self._restore(goal)

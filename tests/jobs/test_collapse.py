@@ -57,6 +57,23 @@ def test_a_collapse_is_rolled_back_and_the_run_finishes(ray_cluster, recipe, tmp
 
 
 @pytest.mark.slow
+def test_a_rule_added_later_without_a_state_to_go_back_to(ray_cluster, recipe, tmp_path, capfd):
+    """Without a rollback rule from the start, step 0 is not saved."""
+    store = open_store(str(tmp_path / "run"))
+    calm = {"train__learning_rate": 1e-4, "train__max_train_steps": 4}
+    code, err = run_tiny("train", recipe, calm, capfd)
+    assert code == 0, err
+    before = committed_steps(store.fs, store.path("checkpoints"))
+    always = HEALTH.replace(f"above: {LIMIT}", "above: 0")
+    longer = calm | {"train__max_train_steps": 6, "train__health": always}
+    code, err = run_tiny("train", recipe, longer, capfd)
+    assert code == 3 and "no checkpoint from before step 1 is left to go back to" in err, err
+    assert committed_steps(store.fs, store.path("checkpoints")) == before
+    events = json.loads((tmp_path / "run" / "health.json").read_text())["events"]
+    assert [(event["kind"], event["step"]) for event in events] == [("stop", 5)]
+
+
+@pytest.mark.slow
 def test_the_same_recipe_without_the_rule_does_collapse(ray_cluster, recipe, tmp_path, capfd):
     off = {"train__health": "{rules: []}", "train__max_train_steps": 8}
     code, err = run_tiny("train", recipe, off, capfd)

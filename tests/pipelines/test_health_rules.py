@@ -22,7 +22,9 @@ from pipelines.health_record import (
 )
 from pipelines.health_rules import HealthMonitor, Verdict, derived, last_good
 from pipelines.health_settings import HealthRule, HealthSection, check_health
+from pipelines.health_watch import HealthWatch, StoppedError
 from pipelines.storage import Store, open_store
+from pipelines.workers import Group
 
 STATISTICS = {"latent_mean": 0.5, "latent_std": 2.0, "latent_min": -9.0, "latent_max": 9.0}
 
@@ -230,6 +232,14 @@ def test_the_last_good_checkpoint_is_from_before_the_violations():
     assert last_good([], _verdict()) is None
 
 
+def test_step_0_is_good_and_kept_though_the_first_line_broke_a_rule():
+    assert last_good([0, 2, 4], _verdict(5, since_step=1)) == 0
+    assert last_good([2, 4], _verdict(5, since_step=1)) is None
+    monitor = HealthMonitor(_section(_rule(windows=3)))
+    _looks(monitor, [0.1, 0.1])
+    assert monitor.needed([0, 10, 20]) == {0}
+
+
 def test_the_checkpoint_a_rollback_would_need_is_named_before_it_is_needed():
     monitor = HealthMonitor(_section(_rule(windows=3), _rule("loss_dm", action="stop")))
     _looks(monitor, [0.9, 0.9])
@@ -306,6 +316,15 @@ def test_what_was_not_finite_is_written_as_null(store):
     content = json.loads(store.fs.cat_file(store.path("health.json")))
     assert content["events"][0]["value"] is None
     assert read_events(store)[0].value is None
+
+
+def test_a_rollback_with_nothing_to_go_back_to_is_a_stop(store):
+    watch = HealthWatch(_section(_rule()), store, Group(0, 1), None)
+    with pytest.raises(StoppedError, match="no checkpoint from before step 51 is left"):
+        watch.record(_verdict())
+    [event] = read_events(store)
+    assert event.kind == "stop" and event.to_step is None and event.step == 100
+    assert watch.rollbacks == 0 and watch.remedies == Remedies()
 
 
 @pytest.mark.parametrize("kind", ["warn", "stop"])

@@ -15,6 +15,9 @@ from dmd_core.checkpoint import CheckpointError, committed_steps, load_checkpoin
 from jobs.cli import main
 from jobs.errors import Exit
 from pipelines import run_checkpoints
+from pipelines.health_record import HealthRecordError, event_of
+from pipelines.health_rules import Verdict
+from pipelines.health_settings import HealthRule, HealthSection
 from pipelines.run_checkpoints import RunCheckpoints
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store, open_store
@@ -216,6 +219,35 @@ def test_a_save_that_fails_before_a_rollback_is_told(networks, store, caplog):
         turn(True)
         loop.checkpoints.close()
     assert stored(store) == [1]
+
+
+def test_nothing_is_dropped_where_there_is_nothing_to_go_back_to(networks, store):
+    loop = Loop(networks, store)
+    loop.step(1)
+    loop.step(2)
+    assert loop.checkpoints.goal(_verdict(since_step=2)) is None
+    with pytest.raises(CheckpointError, match="no checkpoint of step 0 to go back to; it has 1, 2"):
+        loop.checkpoints.drop_after(0)
+    assert stored(store) == [1, 2]
+    goal = loop.checkpoints.goal(_verdict(since_step=3))
+    assert goal == 1
+    loop.checkpoints.drop_after(goal)
+    assert stored(store) == [1]
+
+
+def test_a_rollback_whose_checkpoint_is_gone_costs_none_of_the_others(networks, store):
+    loop = Loop(networks, store)
+    loop.step(3)
+    loop.checkpoints.settle()
+    event = event_of(_verdict(since_step=3), (), HealthSection(), time="t", to_step=1)
+    with pytest.raises(HealthRecordError, match="checkpoint is gone; those of steps 3 are"):
+        loop.checkpoints.newest([event])
+    assert stored(store) == [3]
+
+
+def _verdict(since_step: int) -> Verdict:
+    rule = HealthRule.model_validate({"metric": "sample_std", "below": 1, "action": "rollback"})
+    return Verdict(rule, "rollback", since_step, 0.1, since_step)
 
 
 # ---------------------------------------------------------------- at the command line
