@@ -14,6 +14,10 @@ import torch
 from dmd_core.diffusers_networks import token_patch
 from dmd_core.teacher_training import pictures_to_tensor
 
+# Pixels that go through a VAE together: in float32 a usual one takes 3 GiB for a picture of
+# 1024 × 1024, and for a batch of them all that a GPU has.
+_AT_ONCE = 1024 * 1024
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -90,20 +94,36 @@ def _statistics(vae: Any, like: torch.Tensor) -> tuple[torch.Tensor | float, tor
 @torch.no_grad()
 def encode_pictures(vae: Any, pictures: np.ndarray, device: torch.device | str) -> torch.Tensor:
     """Pictures (B,H,W,3) uint8 → samples (B,C,h,w) float32: the posterior's mean, scaled; without
-    a VAE the pixels in [−1, 1]."""
-    pixels = pictures_to_tensor(pictures).to(device)
+    a VAE the pixels in [−1, 1]. A VAE gets about a megapixel at a time."""
+    pixels = pictures_to_tensor(pictures)
     if vae is None:
-        return pixels
-    return to_latents(vae, vae.encode(pixels).latent_dist.mean.float())
+        return pixels.to(device)
+    pieces = pixels.split(_at_once(*pixels.shape[-2:]))
+    means = [vae.encode(piece.to(device)).latent_dist.mean.float() for piece in pieces]
+    return to_latents(vae, torch.cat(means))
 
 
 @torch.no_grad()
 def decode_samples(
     vae: Any, samples: torch.Tensor, device: torch.device | str | None = None
 ) -> np.ndarray:
-    """Samples (B,C,h,w) → pictures (B,H,W,3) uint8."""
-    pictures = samples.float() if device is None else samples.float().to(device)
-    if vae is not None:
-        pictures = vae.decode(from_latents(vae, pictures), return_dict=False)[0]
-    pictures = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().byte()
-    return pictures.permute(0, 2, 3, 1).cpu().numpy()
+    """Samples (B,C,h,w) → pictures (B,H,W,3) uint8. A VAE makes about a megapixel at a time."""
+    samples = samples.float() if device is None else samples.float().to(device)
+    if vae is None:
+        return _to_pictures(samples)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    height, width = (side * factor for side in samples.shape[-2:])
+    pieces = from_latents(vae, samples).split(_at_once(height, width))
+    decoded = [_to_pictures(vae.decode(piece, return_dict=False)[0]) for piece in pieces]
+    return np.concatenate(decoded)
+
+
+def _at_once(height: int, width: int) -> int:
+    """Pictures of a call."""
+    return max(1, _AT_ONCE // (height * width))
+
+
+def _to_pictures(pixels: torch.Tensor) -> np.ndarray:
+    """(B,3,H,W) in [−1, 1] → (B,H,W,3) uint8."""
+    pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()

@@ -3,7 +3,8 @@
 Weights, optimizers and averages are exact from the parameter counts. What passes hold is found by
 playing the true network through without memory (`dmd_core.pass_memory`); the work space of
 convolutions and an allocator's waste are not in that, so the whole is an estimate, some tenths off
-at worst. Not in it: the VAE while it decodes pictures, and a perceptual loss.
+at worst. Not in it: the VAE while it decodes pictures (a megapixel at a time, between updates), and
+a perceptual loss.
 """
 
 from collections.abc import Callable, Iterable
@@ -127,6 +128,11 @@ def samples_at_once(section: TrainSection, keys: StageKeys) -> tuple[int, int]:
     return fresh, pairs
 
 
+def most_at_once(section: TrainSection) -> int:
+    """The most samples in one pass of a worker of the smallest group, of either batch."""
+    return max(max(samples_at_once(section, keys)) for _, keys in section.plan())
+
+
 def _stage_passes(
     sizes: NetworkSizes,
     section: TrainSection,
@@ -212,8 +218,7 @@ def _changes(section: TrainSection) -> list[dict[str, Any]]:
     changes: list[dict[str, Any]] = []
     if section.mixed_precision == "no":
         changes.append({"mixed_precision": "bf16"})
-    most = max(max(samples_at_once(section, keys)) for _, keys in section.plan())
-    sizes = [size for size in (16, 4, 1) if size < most]
+    sizes = [size for size in (16, 4, 1) if size < most_at_once(section)]
     changes += [{"micro_batch_size": size} for size in sizes]
     if not parallel.gradient_checkpointing:
         changes.append({"parallel.gradient_checkpointing": True})

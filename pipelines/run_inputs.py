@@ -15,6 +15,7 @@ from dmd_core.perceptual import load_perceptual
 from dmd_core.teacher import load_teacher
 from pipelines.config import PairsSection, StorageSection
 from pipelines.following import FollowedPrompts, Follower, NewerVersions, PairVersions, PinHolder
+from pipelines.memory_plan import most_at_once
 from pipelines.pair_fit import PairFit
 from pipelines.pins import Pins
 from pipelines.prompts import read_prompts
@@ -104,6 +105,7 @@ class RunInputs:
         return SamplePictures(
             self.teacher, self.pairs_section, self.versions, prompts,
             count=self.section.num_validation_images, seed=self.seed,
+            at_once=most_at_once(self.section),
         )  # fmt: skip
 
     def _prompts(self) -> tuple[str, ...]:

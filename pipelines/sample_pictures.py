@@ -29,23 +29,40 @@ class SamplePictures:
         *,
         count: int,
         seed: int,
+        at_once: int,
     ) -> None:
+        """`at_once`: samples of a pass; the same on all workers, who call sharded networks
+        together."""
         self._teacher, self._section, self._versions = teacher, section, versions
         self._prompts, self._count, self._seed = tuple(prompts[:count]), count, seed
+        self._at_once = at_once
 
     def rows(self, student: Student) -> list[np.ndarray]:
         """[the teacher's, the student's], each (N,H,W,3) uint8."""
         eps, prompts, latents = self._shown
-        device = self._teacher.device
-        seeds = [stable_seed(self._seed, "samples", index) for index in range(len(prompts))]
-        noises = [eps.to(device)] + [
-            sample_noise(
-                [stable_seed(seed, "again", step) for seed in seeds], tuple(eps.shape[1:])
-            ).to(device)
+        pieces = self._pieces(len(prompts))
+        x = torch.cat(
+            [self._sample(student, eps[piece], prompts[piece], piece) for piece in pieces]
+        )
+        return [self._teacher.decode(latents), self._teacher.decode(x)]
+
+    def _sample(
+        self, student: Student, eps: torch.Tensor, prompts: tuple[str, ...], rows: slice
+    ) -> torch.Tensor:
+        device, shape = self._teacher.device, tuple(eps.shape[1:])
+        seeds = [
+            stable_seed(self._seed, "samples", index) for index in range(rows.start, rows.stop)
+        ]
+        again = [
+            sample_noise([stable_seed(seed, "again", step) for seed in seeds], shape)
             for step in range(1, len(student.timesteps))
         ]
-        x = student.sample(noises, self._teacher.encode_prompts(prompts))
-        return [self._teacher.decode(latents), self._teacher.decode(x)]
+        noises = [noise.to(device) for noise in (eps, *again)]
+        return student.sample(noises, self._teacher.encode_prompts(prompts))
+
+    def _pieces(self, rows: int) -> list[slice]:
+        starts = range(0, rows, self._at_once)
+        return [slice(start, min(start + self._at_once, rows)) for start in starts]
 
     @cached_property
     def _shown(self) -> Shown:
@@ -57,9 +74,14 @@ class SamplePictures:
         seeds = [stable_seed(self._seed, _PROMPTS, index) for index in range(count)]
         shape = self._teacher.latent_shape(section.height, section.width)
         eps = sample_noise(seeds, shape)
-        latents = self._teacher.solve(
-            eps, self._prompts,
+        latents = [self._solve(eps[rows], self._prompts[rows]) for rows in self._pieces(count)]
+        return eps, self._prompts, torch.cat(latents)
+
+    def _solve(self, eps: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
+        section = self._section
+        return self._teacher.solve(
+            eps, prompts,
             solver=section.solver, steps=section.steps,
             guidance_scale=section.guidance_scale, negative_prompt=section.negative_prompt,
-        )  # fmt: skip
-        return eps, self._prompts, latents.cpu()
+            compute_dtype=getattr(torch, section.compute_dtype),
+        ).cpu()  # fmt: skip
