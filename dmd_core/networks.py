@@ -12,13 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dmd_core.checkpoint import (
-    CheckpointError,
-    Tensors,
-    optimizer_targets,
-    pack_optimizer,
-    unpack_optimizer,
-)
+from dmd_core.checkpoint import CheckpointError, Tensors, pack_optimizer
 from dmd_core.denoiser import NetworkDenoiser
 from dmd_core.diffusers_networks import DiffusersNetwork, Middle, middle_of
 from dmd_core.ema import Ema
@@ -129,38 +123,31 @@ class DmdNetworks:
     # ------------------------------------------------------------------ state
 
     def parts(self) -> dict[str, Tensors]:
-        """All tensors of the state, by part; sharded ones as they are."""
+        """All tensors of the state, by part, not copied; sharded ones as they are."""
         parts = self._weights_by_part()
         for name, named in self._named().items():
             parts[f"{name}_optimizer"] = pack_optimizer(self.optimizers[name], list(named))
         return parts
 
     def targets(self, stored: Mapping[str, Mapping[str, torch.Size]]) -> dict[str, Tensors]:
-        """What a checkpoint that holds `stored` is read into, before `load`: the live weights, and
-        room for the optimizers' state. Raises `CheckpointError` if it is not of such networks."""
-        ours = self._weights_by_part()
-        optimizers = {f"{name}_optimizer": name for name in self.optimizers}
-        needed = ours.keys() | optimizers.keys()
-        if stored.keys() != needed:
+        """What a checkpoint that holds `stored` is read into: the live state itself, for a second
+        one might not fit. Raises `CheckpointError` if it is not of such networks."""
+        ours = self.parts()
+        if stored.keys() != ours.keys():
             raise CheckpointError(
                 f"the checkpoint holds {', '.join(sorted(stored))}; expected "
-                f"{', '.join(sorted(needed))} (was the run started with other settings?)"
+                f"{', '.join(sorted(ours))} (was the run started with other settings?)"
             )
         for part, tensors in ours.items():
             sizes = {name: tensor.shape for name, tensor in tensors.items()}
             if sizes != dict(stored[part]):
                 raise CheckpointError(f"the checkpoint's {part} has other weights than this run's")
-        named = self._named()
-        for part, name in optimizers.items():
-            ours[part] = optimizer_targets(self.optimizers[name], stored[part], list(named[name]))
         return ours
 
     def load(self, parts: Mapping[str, Tensors]) -> None:
-        """Take the state from `targets` that were read into, or from equal `parts`."""
-        for part, tensors in self._weights_by_part().items():
+        """Take the state of equal networks from a copy of their `parts`."""
+        for part, tensors in self.parts().items():
             _copy(parts[part], tensors)
-        for name, named in self._named().items():
-            unpack_optimizer(self.optimizers[name], parts[f"{name}_optimizer"], list(named))
 
     def _weights_by_part(self) -> dict[str, Tensors]:
         parts: dict[str, Tensors] = {

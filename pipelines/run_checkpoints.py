@@ -71,11 +71,9 @@ class RunCheckpoints:
     def restore(self, step: int) -> dict[str, Any]:
         """The networks' state from the checkpoint of `step`; returns the rest of it."""
         targets = self._networks.targets(stored_tensors(self._fs, self._root, step))
-        state = restore_checkpoint(
+        return restore_checkpoint(
             self._fs, self._root, step, targets, self._ranks, alone=self._ranks is None
         )
-        self._networks.load(targets)
-        return state
 
     def save(self, step: int, state: dict[str, Any], *, surely: bool = False) -> None:
         """Begin to save; the save before it is over then, for better or worse. A few failures in a

@@ -20,7 +20,7 @@ from dmd_core.checkpoint.loading import (
     restore_checkpoint,
     stored_tensors,
 )
-from dmd_core.checkpoint.optimizer import optimizer_targets, pack_optimizer, unpack_optimizer
+from dmd_core.checkpoint.optimizer import pack_optimizer, unpack_optimizer
 from dmd_core.checkpoint.saver import Checkpoint, CheckpointSaver, save_checkpoint
 from dmd_core.checkpoint.steps import (
     collect_orphans,
@@ -42,7 +42,6 @@ __all__ = [
     "damage",
     "discard_checkpoint",
     "load_checkpoint",
-    "optimizer_targets",
     "pack_optimizer",
     "prune_checkpoints",
     "read_state",

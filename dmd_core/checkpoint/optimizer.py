@@ -6,8 +6,6 @@ import torch
 
 from dmd_core.checkpoint.format import CheckpointError, Tensors
 
-_COUNTER = "step"  # a scalar of the optimizer, also beside a parameter that is a scalar
-
 
 def pack_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str] | None = None) -> Tensors:
     """The state of each parameter as a flat dict "<name>.<key>" → tensor, not copied.
@@ -21,26 +19,6 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str] | None
         for key, value in entry.items()
         if value is not None
     }
-
-
-def optimizer_targets(
-    optimizer: torch.optim.Optimizer,
-    stored: Mapping[str, torch.Size],
-    names: Sequence[str] | None = None,
-) -> Tensors:
-    """Zeros that the packed state `stored` is read into: like the parameter (sharded as it is)
-    where the stored size is the parameter's, else a plain float32 tensor of that size."""
-    parameters = dict(zip(_names(optimizer, names), _parameters(optimizer), strict=True))
-    _check_names({name.rsplit(".", 1)[0] for name in stored}, list(parameters))
-    targets = {}
-    for name, size in stored.items():
-        owner, key = name.rsplit(".", 1)
-        parameter = parameters[owner].detach()
-        if key != _COUNTER and parameter.size() == size:
-            targets[name] = torch.zeros_like(parameter)
-        else:
-            targets[name] = torch.zeros(size)
-    return targets
 
 
 def unpack_optimizer(

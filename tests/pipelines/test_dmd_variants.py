@@ -11,7 +11,10 @@ from dmd_core.checkpoint import CheckpointError
 from dmd_core.health import DivergedError
 from dmd_core.teacher import Teacher, load_teacher
 from pipelines.batches import PairReader
+from pipelines.run_checkpoints import RunCheckpoints
+from pipelines.storage import open_store
 from pipelines.train_config import TrainSection
+from pipelines.workers import Group
 from tests.pipelines.dmd_runs import PROMPTS, SIZES, BareRun, write_pictures
 from tests.pipelines.test_training import pairs  # noqa: F401  (a fixture)
 
@@ -183,6 +186,29 @@ def test_health_signals_are_what_they_say(make):
     assert means["nonfinite_entries"] == 0 and np.isfinite(list(means.values())).all()
 
 
+@pytest.mark.parametrize("name", ["dmd2", "lora", "moving average"])
+def test_a_checkpoint_is_read_into_the_live_state_bit_for_bit(make, name, tmp_path):
+    """A second copy of the optimizers' moments may not fit beside them."""
+    run = make(VARIANTS[name])
+    run.train(2)
+    store, size = open_store(str(tmp_path / "run")), len(run.networks.optimizers)
+    checkpoints = RunCheckpoints(store, run.networks, Group(0, 1), keep=1, also=lambda _: ())
+    checkpoints.save(2, {}, surely=True)
+    expected, _ = run.state()
+    run.train(2)
+
+    live = run.networks.parts()
+    targets = run.networks.targets(_sizes(run))
+    assert sum(part.endswith("_optimizer") for part in targets) == size
+    for part, tensors in live.items():
+        for key, tensor in tensors.items():
+            assert targets[part][key].data_ptr() == tensor.data_ptr(), f"{part}/{key}"
+    assert checkpoints.restore(2) == {"step": 2}
+    for part, tensors in run.networks.parts().items():
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, expected[part][key]), f"{part}/{key}"
+
+
 def test_state_of_other_settings_is_refused(make):
     plain, gan = make({}), make(GAN)
     plain.train(1)
@@ -195,6 +221,14 @@ def test_state_of_other_settings_is_refused(make):
         make({}).networks.targets(sizes)
     with pytest.raises(CheckpointError, match="other weights"):
         make(VARIANTS["lora"]).networks.targets(_sizes(plain))
+    for change in (
+        {"further.exp_avg": torch.Size([1])},
+        {"conv_in.weight.exp_avg": torch.Size([1])},
+    ):
+        odd = _sizes(plain)
+        odd["fake_optimizer"] |= change
+        with pytest.raises(CheckpointError, match="fake_optimizer has other weights"):
+            make({}).networks.targets(odd)
     assert _sizes(plain) == _sizes(make({})), "before the first step there is as much to store"
 
 
