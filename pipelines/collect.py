@@ -1,8 +1,9 @@
 """Collecting what no version needs: old versions, and the files that only they named.
 
-Everything that can go is decided from the manifests that stay. Order makes a kill harmless: the
-intent stands before anything goes, a version's manifest goes before its files, and a ledger entry
-before the data it vouches for.
+Everything that can go is decided from the manifests that stay. A version names every finished file
+of its generation, so a file that none names and that a later writer made is work in progress, and
+stays. Order makes a kill harmless: the intent stands before anything goes, a version's manifest
+goes before its files, and a ledger entry before the data it vouches for.
 """
 
 import json
@@ -15,7 +16,7 @@ from dmd_core.files import write_atomic
 from pipelines.commits import delete_if_there, list_files, read_json
 from pipelines.dataset_pins import intent_path, read_pins
 from pipelines.lease import Lease
-from pipelines.ledger import data_base, ledger_base
+from pipelines.ledger import data_base, fence_of, ledger_base
 from pipelines.manifest import (
     Manifest,
     generation_folder,
@@ -29,7 +30,8 @@ from pipelines.manifest import (
 from pipelines.storage import Store
 
 _KEPT_NUMBERS = 32  # void entries that stay: nobody is frozen for so many versions
-_DROPPED = "dropped"  # in a generation's folder: a version that was made of it is given up
+# In a generation's folder: the highest fence of the versions of it that were given up.
+_DROPPED = "dropped"
 _PARTS = ("ledger", "data", "rejects", "runs")  # deleted in this order
 _DELETED_AT_ONCE = 256
 _TABLE = re.compile(r"([0-9a-f]{64})(-\d+x\d+)?\.parquet")
@@ -49,7 +51,8 @@ def needs_collecting(root: Store, keep: int) -> bool:
 
 
 def collect_garbage(root: Store, lease: Lease, *, keep: int) -> Collected:
-    """Delete all but the `keep` newest and the pinned versions, and every file none of them names.
+    """Delete all but the `keep` newest and the pinned versions, and every file that only the others
+    could name.
 
     First the intent, then the look at the pins: a reader pins first and looks at the intent then,
     so one of the two sees the other. The lease is looked at before every batch of deletions.
@@ -65,9 +68,10 @@ def collect_garbage(root: Store, lease: Lease, *, keep: int) -> Collected:
     files = 0
     if kept:  # else nothing is sealed yet, and everything may be work in progress
         files = _delete(root, lease, _old_void(root, kept))
-        named = {key for manifest in kept for key in _named(manifest)}
         for generation in _folders(root, "generations"):
-            files += _collect_generation(root, lease, f"generations/{generation}", named)
+            folder = f"generations/{generation}"
+            of_it = [m for m in kept if generation_folder(m.fingerprint_digest) == folder]
+            files += _collect_generation(root, lease, folder, of_it)
         files += _collect_prompts(root, lease, {manifest.prompts_digest for manifest in kept})
     lease.check()
     delete_if_there(root, intent_path(root))
@@ -91,8 +95,10 @@ def _drop(root: Store, lease: Lease, version: int) -> None:
     to keep this very version, drops it when it thaws. Its files stay, and readers hear of it.
     """
     lease.check()
-    folder = generation_folder(load_manifest(root, version).fingerprint_digest)
-    write_atomic(root.fs, root.path(folder, _DROPPED), b"")
+    manifest = load_manifest(root, version)
+    folder = generation_folder(manifest.fingerprint_digest)
+    fence = max(manifest.fence, _dropped_fence(root, folder) or 0)
+    write_atomic(root.fs, root.path(folder, _DROPPED), str(fence).encode())
     entry = void_entry(lease.fence, "collected")
     lease.check()
     write_atomic(root.fs, manifest_path(root, version), json.dumps(entry).encode())
@@ -105,32 +111,44 @@ def _old_void(root: Store, kept: Sequence[Manifest]) -> list[str]:
     return [manifest_path(root, number) for number in numbers if number < bound]
 
 
+def _dropped_fence(root: Store, folder: str) -> int | None:
+    """The highest fence of the generation's versions that were given up; None: there is none."""
+    try:
+        content = root.fs.cat_file(root.path(folder, _DROPPED))
+    except FileNotFoundError:
+        return None
+    return int(content or 0)
+
+
 def _named(manifest: Manifest) -> Iterable[str]:
     """Keys of all files that the version knows: rows that were left out may be asked for again."""
     yield from (file.key for file in manifest.files)
     yield from manifest.excluded_files
 
 
-def _collect_generation(root: Store, lease: Lease, folder: str, named: set[str]) -> int:
-    """Delete the files of a generation that nobody names; all of it if none is named.
+def _collect_generation(root: Store, lease: Lease, folder: str, kept: Sequence[Manifest]) -> int:
+    """Delete what is left of a generation's old versions; `kept` are those of it that stay.
 
-    A generation that no version was ever made of is unfinished work: it is not touched.
+    Files of a writer later than all its versions are unfinished work, and so is a generation that
+    no version was ever made of: they are not touched.
     """
-    data = list_files(root, root.path(folder, "data"))
-    bases = {data_base(name) for name in data if f"{folder}/data/{name}" in named}
-    if not bases and not root.fs.exists(root.path(folder, _DROPPED)):
+    dropped = _dropped_fence(root, folder)
+    if not kept and dropped is None:
         return 0
-    if not bases:
-        deleted = 0
-        for part in _PARTS:  # one after the other, each with a look at the lease
-            names = list_files(root, root.path(folder, part))
-            deleted += _delete(root, lease, _paths(root, folder, part, names))
-        return deleted + _delete(root, lease, [root.path(folder, _DROPPED)])
-    ledger = list_files(root, root.path(folder, "ledger"))
-    unused_ledger = [name for name in ledger if ledger_base(name) not in bases]
-    unused_data = [name for name in data if data_base(name) not in bases]
-    deleted = _delete(root, lease, _paths(root, folder, "ledger", unused_ledger))
-    return deleted + _delete(root, lease, _paths(root, folder, "data", unused_data))
+    sealed = max([*(manifest.fence for manifest in kept), dropped or 0])
+    named = {data_base(key.rsplit("/", 1)[-1]) for manifest in kept for key in _named(manifest)}
+    deleted = 0
+    for part in (
+        _PARTS[:2] if kept else _PARTS
+    ):  # one after the other, each with a look at the lease
+        base = ledger_base if part == "ledger" else data_base
+        unused = [
+            name
+            for name in list_files(root, root.path(folder, part))
+            if base(name) not in named and fence_of(name) <= sealed
+        ]
+        deleted += _delete(root, lease, _paths(root, folder, part, unused))
+    return deleted if kept else deleted + _delete(root, lease, [root.path(folder, _DROPPED)])
 
 
 def _collect_prompts(root: Store, lease: Lease, digests: set[str]) -> int:

@@ -5,6 +5,7 @@ Ray names the entry of one write `<base>.parquet`, before the data is there
 only saves work; what a version holds is decided when it is sealed.
 """
 
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +16,7 @@ from pipelines.commits import delete_if_there, list_files
 from pipelines.storage import Store
 
 _PENDING = ".pending.parquet"
+_FENCED = re.compile(r"(\d{6,})[_.-]")
 _READERS = 16  # small files: the store's response time counts, not its bandwidth
 
 
@@ -26,6 +28,12 @@ def data_base(name: str) -> str:
 def ledger_base(name: str) -> str:
     """The base of an entry's name, pending or not."""
     return name.removesuffix(".parquet").removesuffix(".pending")
+
+
+def fence_of(name: str) -> int:
+    """The fence of the writer of a generation's file; 0 where the name has none."""
+    match = _FENCED.match(name)
+    return int(match[1]) if match else 0
 
 
 def finished_ids(root: Store, generation: str) -> np.ndarray:

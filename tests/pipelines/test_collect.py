@@ -12,6 +12,7 @@ from pipelines.batches import PairReader
 from pipelines.collect import collect_garbage, needs_collecting
 from pipelines.dataset_pins import intent_path, pin_name, pin_versions, read_pins, unpin
 from pipelines.lease import LeaseLostError, hold_lease
+from pipelines.ledger import finished_ids
 from pipelines.manifest import (
     NoSuchVersionError,
     commit_manifest,
@@ -49,6 +50,21 @@ def seal(root, ids, fingerprint=FINGERPRINT, name=None):
     if name:
         write_file(root, f"{name}-0.parquet", ids, fingerprint=fingerprint)
     return seal_generation(root, fingerprint, land_ids(root, ids))
+
+
+def run(root, new, fingerprint=FINGERPRINT, asked=None):
+    """A run that makes the rows `new` under a lease of its own; killed before it seals, unless the
+    rows `asked` for are given."""
+    with leased(root) as lease:
+        name = f"{lease.fence:06d}_w_000000"
+        write_file(root, f"{name}-0.parquet", new, fingerprint=fingerprint)
+        if asked is not None:
+            seal_generation(root, fingerprint, land_ids(root, asked), lease=lease)
+    return name
+
+
+def files_of(root, fingerprint, part):
+    return stored(root.at(fingerprint.folder, part))
 
 
 def other(steps):
@@ -171,16 +187,57 @@ def test_unfinished_work_and_rows_that_may_come_back_are_not_touched(root):
 
 
 def test_a_file_that_no_version_knows_goes_with_its_ledger_entry_first(root, monkeypatch):
-    seal(root, range(4), name="w1_0")
-    write_file(root, "w2_0-0.parquet", [1, 2])  # written by somebody who was thought dead
+    first = run(root, range(4), asked=range(4))
+    second = run(root, range(4, 6), asked=range(6))
+    # Written under the first lease by somebody who was thought dead.
+    write_file(root, f"{first[:6]}_thawed_000000-0.parquet", [1, 2])
     deleted = []
     delete = module.delete_if_there
     monkeypatch.setattr(
         module, "delete_if_there", lambda s, p: (deleted.append(p.split("/")[-2]), delete(s, p))
     )
-    assert collect(root, 1).files == 2
+    assert collect(root, 1).files == 3  # these two, and the prompts of the old version
     assert [part for part in deleted if part in ("ledger", "data")] == ["ledger", "data"]
+    assert files_of(root, FINGERPRINT, "data") == [f"{name}-0.parquet" for name in (first, second)]
     assert_readable(root)
+
+
+def test_rows_that_a_killed_run_finished_wait_for_the_next_one(root):
+    """A version, a run that is killed before it seals, then another sampler in the same root."""
+    run(root, range(4), asked=range(4))
+    unsealed = run(root, range(4, 6))
+    run(root, range(4), other(9), asked=range(4))
+    collect(root, 2)
+    assert f"{unsealed}-0.parquet" in files_of(root, FINGERPRINT, "data")
+    assert sorted(finished_ids(root, FINGERPRINT.folder)) == list(range(6))
+    assert seal(root, range(6)).rows == 6
+    assert_readable(root)
+
+
+def test_unsealed_rows_outlive_every_version_of_their_generation(root):
+    run(root, range(4), asked=range(4))
+    unsealed = run(root, range(4, 6))
+    for steps in (7, 8):
+        run(root, range(4), other(steps), asked=range(4))
+    for _ in range(2):  # what is left is unfinished work, which the next collector leaves alone
+        collect(root, 1)
+        assert files_of(root, FINGERPRINT, "data") == [f"{unsealed}-0.parquet"]
+        assert sorted(finished_ids(root, FINGERPRINT.folder)) == [4, 5]
+    assert not files_of(root, other(7), "data")
+    assert_readable(root)
+
+
+def test_what_only_a_dropped_version_named_goes_though_an_older_one_is_pinned(root):
+    first = run(root, range(4), asked=range(4))
+    run(root, range(4, 6), asked=range(6))
+    run(root, range(4), other(9), asked=range(4))
+    pin_versions(root, "reader", [1], holder="a test", created="now")
+    assert collect(root, 1).versions == (2,)
+    assert files_of(root, FINGERPRINT, "data") == [f"{first}-0.parquet"]
+    assert_readable(root)
+    unpin(root, "reader")
+    collect(root, 1)
+    assert not files_of(root, FINGERPRINT, "")
 
 
 def test_numbers_are_void_for_long_before_they_are_forgotten(root, monkeypatch):
