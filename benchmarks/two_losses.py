@@ -22,10 +22,11 @@ import yaml
 from benchmarks.one_step import _processor
 from dmd_core.metrics import kid_difference
 from jobs.run_settings import flat_settings
-from pipelines.evaluation import METRICS, reference_of, verdict
+from pipelines.evaluation import KID_ROWS, METRICS, reference_of, verdict
 from pipelines.storage import open_store
 from pipelines.stored_images import StoredImages, open_images
 from pipelines.systems import STUDENT
+from pipelines.unit import Unit
 
 RESULTS = Path(__file__).parent / "results" / "two_losses_cpu.json"
 _OF_BOTH = ("systems", "comparisons", "timing")
@@ -61,14 +62,16 @@ def compare(both: Path, regression: Path) -> dict[str, Any]:
         raise ValueError(f"the runs differ in {changed}; expected train.dm_weight alone")
     images = {name: _pictures(run, metrics[name]) for name, run in runs.items()}
     against = reference_of(images["both"])
+    prompts = images["both"][STUDENT].prompts[:KID_ROWS]
     difference = kid_difference(
-        *(images[name][STUDENT].features for name in runs),
-        images["both"][against].features,
-        confidence=metrics["both"]["confidence"],
+        *(images[name][STUDENT].features[:KID_ROWS] for name in runs),
+        images["both"][against].features[:KID_ROWS],
+        **Unit(metrics["both"]["confidence"]).of(prompts),
     )
     return {
         "settings": {key: v for key, v in settings["both"].items() if key not in _PLACES},
-        "samples": len(images["both"][STUDENT].prompts),
+        "prompts": metrics["both"]["prompts"],
+        "samples": metrics["both"]["samples"],
         "reference": against,
         "student_kid_difference": asdict(difference),
         "both_is_nearer": verdict(difference),

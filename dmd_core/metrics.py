@@ -1,7 +1,8 @@
 """Station 9: how far are the student's pictures from the teacher's?
 
-Pure functions of arrays, computed in float64. Row i of every set of pictures belongs to prompt i,
-so a prompt, not a picture, is the unit of every confidence interval.
+Pure functions of arrays, computed in float64. Row i of every set of pictures belongs to one prompt,
+so a prompt, not a picture, is the unit of every confidence interval. Where prompts have several
+pictures each, `units` (N,) says which rows are of one prompt; without it each row is a unit.
 """
 
 from collections.abc import Sequence
@@ -72,15 +73,22 @@ def frechet_distance_of_gaussians(
     return max(0.0, float(distance))
 
 
-def kid(features_a: np.ndarray, features_b: np.ndarray, *, confidence: float = 0.95) -> Estimate:
+def kid(
+    features_a: np.ndarray,
+    features_b: np.ndarray,
+    *,
+    confidence: float = 0.95,
+    units: np.ndarray | None = None,
+) -> Estimate:
     """Kernel distance (Bińkowski et al., ICLR 2018) of two (N,d) sets: an unbiased MMD².
 
     The kernel is (x·y/d + 1)³. Because row i of both sets belongs to one prompt, pictures i and i
     are not independent and the cross term leaves the diagonal out too: the one-sample U-statistic
-    of Gretton et al. (JMLR 2012, eq. 4), which stays unbiased then. A set's distance to itself is
-    exactly 0; an estimate may be negative.
+    of Gretton et al. (JMLR 2012, eq. 4), which stays unbiased then; so are all pairs of one unit. A
+    set's distance to itself is exactly 0; an estimate may be negative.
     """
-    return _jackknife(_interactions(features_a, features_b), confidence)
+    units = _units(units, len(features_a))
+    return _jackknife(_interactions(features_a, features_b, units), units, confidence)
 
 
 def kid_difference(
@@ -89,15 +97,16 @@ def kid_difference(
     reference: np.ndarray,
     *,
     confidence: float = 0.95,
+    units: np.ndarray | None = None,
 ) -> Estimate:
     """KID(candidate, reference) − KID(baseline, reference), all (N,d) over the same prompts.
 
     The jackknife deletes a prompt from all three sets at once, so what they share cancels.
     `high < 0`: the candidate is nearer than the baseline beyond the confidence interval.
     """
-    return _jackknife(
-        _interactions(candidate, reference) - _interactions(baseline, reference), confidence
-    )
+    units = _units(units, len(reference))
+    nearer = _interactions(candidate, reference, units) - _interactions(baseline, reference, units)
+    return _jackknife(nearer, units, confidence)
 
 
 def regression_distance(
@@ -117,12 +126,21 @@ def pair_distances(pictures_a: np.ndarray, pictures_b: np.ndarray) -> np.ndarray
     return np.sqrt(np.square(difference).reshape(len(difference), -1).mean(axis=1))
 
 
-def mean_estimate(values: np.ndarray, *, confidence: float = 0.95) -> Estimate:
-    """The mean of one value per prompt, (N,), with its normal interval."""
+def mean_estimate(
+    values: np.ndarray, *, confidence: float = 0.95, units: np.ndarray | None = None
+) -> Estimate:
+    """The mean over units of one value per row, (N,), with its normal interval."""
+    values = unit_means(values, units)
     _at_least(len(values), 2, "a confidence interval over prompts")
     return _normal_interval(
         float(values.mean()), float(values.std(ddof=1)) / sqrt(len(values)), confidence
     )
+
+
+def unit_means(values: np.ndarray, units: np.ndarray | None = None) -> np.ndarray:
+    """(N,) → the mean of each unit's rows."""
+    units = _units(units, len(values))
+    return np.bincount(units, weights=values) / np.bincount(units)
 
 
 def retrieval(
@@ -133,6 +151,7 @@ def retrieval(
     *,
     k: Sequence[int] = (1, 5),
     confidence: float = 0.95,
+    units: np.ndarray | None = None,
 ) -> list[Retrieval]:
     """Is one of the k nearest real pictures (Euclidean) named as the prompt? One entry per k.
 
@@ -145,6 +164,7 @@ def retrieval(
     rows = [row for row, caption in enumerate(captions) if caption in frequency]
     if not rows:
         return []
+    counted = _units(_units(units, len(captions))[rows], len(rows))
     wanted = np.array([captions[row] for row in rows])
     order = np.argsort(
         _squared_distances(_matrix(features)[rows], _matrix(gallery_features)),
@@ -155,15 +175,16 @@ def retrieval(
     total = len(names)
     results = []
     for top in k:
-        hits = int((names[order[:, :top]] == wanted[:, None]).any(axis=1).sum())
+        hits = unit_means((names[order[:, :top]] == wanted[:, None]).any(axis=1), counted)
         misses = [comb(total - frequency[name], top) / comb(total, top) for name in wanted.tolist()]
         chance = 1.0 - float(np.mean(misses))
-        share = wilson_interval(hits, len(rows), confidence)
+        # A prompt's pictures are one look at it: its share of hits varies less than one picture's.
+        share = wilson_interval(float(hits.sum()), len(hits), confidence)
         results.append(Retrieval(top, share, chance, len(rows)))
     return results
 
 
-def wilson_interval(hits: int, count: int, confidence: float = 0.95) -> Estimate:
+def wilson_interval(hits: float, count: int, confidence: float = 0.95) -> Estimate:
     """The share hits/count with Wilson's score interval, which stays inside [0, 1]."""
     _at_least(count, 1, "a share")
     z = _normal_quantile(confidence)
@@ -173,8 +194,18 @@ def wilson_interval(hits: int, count: int, confidence: float = 0.95) -> Estimate
     return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
 
 
-def _interactions(features_a: np.ndarray, features_b: np.ndarray) -> np.ndarray:
-    """H_i = Σ_{j≠i} k(a_i,a_j) + k(b_i,b_j) − k(a_i,b_j) − k(b_i,a_j): (N,) float64.
+def _units(units: np.ndarray | None, rows: int) -> np.ndarray:
+    """The unit of each row as 0, 1, … (N,)."""
+    if units is None:
+        return np.arange(rows)
+    if len(units) != rows:
+        raise ValueError(f"units are given for {len(units)} of {rows} rows")
+    return np.unique(units, return_inverse=True)[1]
+
+
+def _interactions(features_a: np.ndarray, features_b: np.ndarray, units: np.ndarray) -> np.ndarray:
+    """H_i = Σ_j k(a_i,a_j) + k(b_i,b_j) − k(a_i,b_j) − k(b_i,a_j) over the rows j of other units:
+    (N,) float64.
 
     Everything the estimate and its jackknife need, in O(N²) time and O(N) blocks of memory.
     """
@@ -183,14 +214,14 @@ def _interactions(features_a: np.ndarray, features_b: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"feature sets are {a.shape} and {b.shape}; expected one row per prompt in both"
         )
-    _at_least(len(a), 3, "a jackknife")
+    _at_least(int(units.max(initial=-1)) + 1, 3, "a jackknife")
     sums = np.empty(len(a))
     for start in range(0, len(a), _BLOCK):
         rows = slice(start, start + _BLOCK)
         kernel = _kernel(a[rows], a) + _kernel(b[rows], b)
         kernel -= _kernel(a[rows], b) + _kernel(b[rows], a)
-        diagonal = kernel[np.arange(len(kernel)), start + np.arange(len(kernel))]
-        sums[rows] = kernel.sum(axis=1) - diagonal
+        kernel[units[rows, None] == units] = 0.0
+        sums[rows] = kernel.sum(axis=1)
     return sums
 
 
@@ -198,14 +229,16 @@ def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (x @ y.T / x.shape[1] + 1.0) ** 3
 
 
-def _jackknife(interactions: np.ndarray, confidence: float) -> Estimate:
-    """The U-statistic Σ_i H_i / N(N−1) and its interval from leaving out one prompt at a time."""
-    count, total = len(interactions), interactions.sum()
-    value = total / (count * (count - 1))
-    # Prompt i takes part in 2 H_i of the sum: as the row and as the column.
-    left_out = (total - 2.0 * interactions) / ((count - 1) * (count - 2))
+def _jackknife(interactions: np.ndarray, units: np.ndarray, confidence: float) -> Estimate:
+    """The U-statistic, Σ_i H_i over the number of its pairs of rows, and its interval from leaving
+    out one unit at a time."""
+    rows, total = np.bincount(units), interactions.sum()
+    count, pairs = len(rows), len(units) ** 2 - np.square(rows).sum()
+    # What a unit takes part in, it does as the row and as the column.
+    without = total - 2.0 * np.bincount(units, weights=interactions)
+    left_out = without / (pairs - 2 * rows * (len(units) - rows))
     variance = (count - 1) / count * np.square(left_out - left_out.mean()).sum()
-    return _normal_interval(float(value), float(np.sqrt(variance)), confidence)
+    return _normal_interval(float(total / pairs), float(np.sqrt(variance)), confidence)
 
 
 def _normal_interval(value: float, std_error: float, confidence: float) -> Estimate:

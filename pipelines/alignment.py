@@ -19,6 +19,7 @@ from pipelines.storage import Store, open_store
 from pipelines.stored_images import open_images
 from pipelines.systems import STUDENT, TEACHER, Networks
 from pipelines.timing import NOT_MEASURED
+from pipelines.unit import Unit
 from pipelines.workers import set_threads
 
 
@@ -45,7 +46,7 @@ def alignment(
     root: Store,
     folders: Mapping[str, str],
     *,
-    confidence: float,
+    unit: Unit,
     pool: SamplerPool,
 ) -> dict[str, Any]:
     """`measure_alignment` of the pictures of teacher and student in one Ray task, as plain JSON; or
@@ -56,11 +57,11 @@ def alignment(
         num_cpus=pool.cpus, num_gpus=pool.gpus, **pool.where
     )
     chosen = {system: folders[system] for system in (TEACHER, STUDENT)}
-    return ray.get(measure.remote(clip_model, networks, root, chosen, confidence))
+    return ray.get(measure.remote(clip_model, networks, root, chosen, unit))
 
 
 def measure_alignment(
-    clip_model: str, networks: Networks, root: Store, folders: Mapping[str, str], confidence: float
+    clip_model: str, networks: Networks, root: Store, folders: Mapping[str, str], unit: Unit
 ) -> dict[str, Any]:
     """Mean scores over prompts with their intervals, and that of student − teacher, prompt by
     prompt: what both find hard cancels."""
@@ -70,14 +71,13 @@ def measure_alignment(
     scorer = ClipScorer(local, device)
     scores = {}
     for system, folder in folders.items():
-        parts = open_images(root, folder).parts()
-        found = [scorer(part.pictures, part.prompts) for part in parts]
-        scores[system] = np.concatenate(found)
+        images = open_images(root, folder)
+        found = [scorer(part.pictures, part.prompts) for part in images.parts()]
+        scores[system], interval = np.concatenate(found), unit.of(images.prompts)
     estimates = {
-        system: asdict(mean_estimate(values, confidence=confidence))
-        for system, values in scores.items()
+        system: asdict(mean_estimate(values, **interval)) for system, values in scores.items()
     }
-    difference = mean_estimate(scores[STUDENT] - scores[TEACHER], confidence=confidence)
+    difference = mean_estimate(scores[STUDENT] - scores[TEACHER], **interval)
     return {
         "clip_score": estimates,
         "clip_score_difference": asdict(difference),

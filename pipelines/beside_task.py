@@ -35,6 +35,7 @@ from pipelines.systems import (
 )
 from pipelines.teacher_source import local_teacher
 from pipelines.train_config import TrainSection
+from pipelines.unit import Unit
 from pipelines.workers import set_threads
 
 
@@ -138,12 +139,13 @@ def evaluate_checkpoint(task: EvaluationTask, step: int) -> Evaluated:
         found[STUDENT] = _sample_student(task, networks)
         features = _features(task, run, found)
         gallery, _ = usable_gallery(load_gallery(teacher), task.prompts, features[STUDENT])
-    confidence = EvaluateSection.model_validate(task.evaluate).confidence
-    metrics = measure_system(STUDENT, found, features, gallery, confidence)
+        unit = Unit.of_teacher(teacher, EvaluateSection.model_validate(task.evaluate).confidence)
+    metrics = measure_system(STUDENT, found, features, gallery, unit)
     provenance = {
         "inputs": task.inputs,
-        "prompts": len(task.prompts),
-        "confidence": confidence,
+        "prompts": len(set(task.prompts)),
+        "samples": len(task.prompts),
+        "confidence": unit.confidence,
         "weights": weights,
         "teacher_revision": task.teacher_revision,
         "plan": asdict(task.plan()),

@@ -53,9 +53,10 @@ from pipelines.systems import (
     network_evaluations,
 )
 from pipelines.timing import NOT_MEASURED, measure_speed
+from pipelines.unit import Unit
 
 # KID takes time in proportion to the square of the rows; its interval is narrow long before.
-_KID_ROWS = 5000
+KID_ROWS = 5000
 METRICS = "metrics.json"
 FOLDER = "evaluation"
 NOISE, NOISE_PROMPTS = f"{FOLDER}/latents.safetensors", f"{FOLDER}/latents.json"
@@ -101,7 +102,8 @@ def evaluate(
     speed = ray.remote(measure_speed).options(num_cpus=pool.cpus, num_gpus=pool.gpus, **pool.where)
     own_space = PIXELS if family_of(local.teacher).on_pixels else FEATURE_SPACE
     space = own_space if judge is None else INCEPTION_SPACE
-    metrics = _measure(images, features, load_gallery(local.teacher), section.confidence, space)
+    unit = Unit.of_teacher(local.teacher, section.confidence)
+    metrics = _measure(images, features, load_gallery(local.teacher), unit, space)
     config = json.loads((Path(local.teacher) / "scheduler" / "scheduler_config.json").read_text())
     for system, entry in metrics["systems"].items():
         entry["network_evaluations"] = network_evaluations(
@@ -109,9 +111,7 @@ def evaluate(
         )
     metrics |= {
         "timing": ray.get(speed.remote(plan, networks, chosen, section.timing_repeats)),
-        "alignment": alignment(
-            section.clip_model, networks, root, folders, confidence=section.confidence, pool=pool
-        ),
+        "alignment": alignment(section.clip_model, networks, root, folders, unit=unit, pool=pool),
         "pictures": {system: f"{FOLDER}/{folder}" for system, folder in folders.items()},
         "noise": NOISE,
         "again": _again(local.student, plan, images[STUDENT].first(1)),
@@ -169,27 +169,29 @@ def _measure(
     images: Mapping[str, Pictures],
     features: Mapping[str, np.ndarray],
     gallery: Gallery | None,
-    confidence: float,
+    unit: Unit,
     space: str,
 ) -> dict[str, Any]:
     """Every number that is a function of the pictures alone. `space` names the features."""
-    some = {system: values[:_KID_ROWS] for system, values in features.items()}
+    some = {system: values[:KID_ROWS] for system, values in features.items()}
     against, prompts = reference_of(features), images[TEACHER].prompts
+    some_units = unit.of(prompts[:KID_ROWS])
     gallery, why_not = usable_gallery(gallery, prompts, features[TEACHER])
     return {
-        "prompts": len(prompts),
-        "confidence": confidence,
+        "prompts": len(set(prompts)),
+        "samples": len(prompts),
+        "confidence": unit.confidence,
+        "interval_over": unit.name,
         "feature_space": space,
         "feature_dimension": features[TEACHER].shape[1],
         "kid_samples": len(some[against]),
         "reference": against,
         "systems": {
-            system: measure_system(system, images, features, gallery, confidence)
-            for system in images
+            system: measure_system(system, images, features, gallery, unit) for system in images
         },
         "retrieval": why_not or f"gallery of {len(gallery.captions) if gallery else 0} pictures",
         "comparisons": {
-            system: _compare(some[STUDENT], some[system], some[against], confidence)
+            system: _compare(some[STUDENT], some[system], some[against], some_units)
             for system in images
             if system not in (STUDENT, TEACHER_AGAIN)
             and (system != TEACHER or against == REAL)  # else it would be its own yardstick
@@ -202,7 +204,7 @@ def measure_system(
     images: Mapping[str, Pictures],
     features: Mapping[str, np.ndarray],
     gallery: Gallery | None,
-    confidence: float,
+    unit: Unit,
 ) -> dict[str, Any]:
     """kid, fid, rmse and retrieval of one system; None for what says nothing about it, or for too
     few pictures (fid). `images` has it and `teacher`, `features` the reference too; `gallery` is a
@@ -211,13 +213,14 @@ def measure_system(
     found: dict[str, Any] = {"kid": None, "fid": None, "rmse": None, "retrieval": None}
     if system != against:
         theirs = features[against]
-        found["kid"] = asdict(kid(ours[:_KID_ROWS], theirs[:_KID_ROWS], confidence=confidence))
+        some = unit.of(entry.prompts[:KID_ROWS])
+        found["kid"] = asdict(kid(ours[:KID_ROWS], theirs[:KID_ROWS], **some))
         if against == REAL and enough_for_frechet(ours):
             found["fid"] = {"value": frechet_distance(ours, theirs), "samples": len(ours)}
     if system != TEACHER:
-        found["rmse"] = asdict(_rmse(entry, images[TEACHER], confidence))
+        found["rmse"] = asdict(_rmse(entry, images[TEACHER], unit))
     if gallery is not None:
-        found["retrieval"] = _retrieval(entry.prompts, ours, gallery, confidence)
+        found["retrieval"] = _retrieval(entry.prompts, ours, gallery, unit)
     return found
 
 
@@ -227,10 +230,10 @@ def reference_of(features: Container[str]) -> str:
 
 
 def _compare(
-    student: np.ndarray, baseline: np.ndarray, reference: np.ndarray, confidence: float
+    student: np.ndarray, baseline: np.ndarray, reference: np.ndarray, interval: dict[str, Any]
 ) -> dict[str, Any]:
     """Is the student nearer to the teacher than `baseline` is?"""
-    difference = kid_difference(student, baseline, reference, confidence=confidence)
+    difference = kid_difference(student, baseline, reference, **interval)
     return {"kid_difference": asdict(difference), "better": verdict(difference)}
 
 
@@ -241,11 +244,11 @@ def verdict(difference: Estimate) -> bool | str:
     return False if difference.low > 0 else "undecided"
 
 
-def _rmse(images: Pictures, teacher: Pictures, confidence: float) -> Estimate:
+def _rmse(images: Pictures, teacher: Pictures, unit: Unit) -> Estimate:
     """On the [0, 1] scale of a picture's pixels."""
     pairs = zip(_one_by_one(images), _one_by_one(teacher), strict=True)
     distances = [pair_distances(ours[None], theirs[None]) for ours, theirs in pairs]
-    return mean_estimate(np.concatenate(distances), confidence=confidence)
+    return mean_estimate(np.concatenate(distances), **unit.of(images.prompts))
 
 
 def _one_by_one(images: Pictures) -> Iterator[np.ndarray]:
@@ -270,7 +273,8 @@ def usable_gallery(
 
 
 def _retrieval(
-    prompts: Sequence[str], features: np.ndarray, gallery: Gallery, confidence: float
+    prompts: Sequence[str], features: np.ndarray, gallery: Gallery, unit: Unit
 ) -> list[dict[str, Any]]:
-    found = retrieval(features, prompts, gallery.features, gallery.captions, confidence=confidence)
+    interval = unit.of(prompts)
+    found = retrieval(features, prompts, gallery.features, gallery.captions, **interval)
     return [asdict(entry) for entry in found]

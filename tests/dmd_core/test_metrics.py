@@ -1,5 +1,6 @@
 """Station 9. Oracles: closed forms on Gaussians, brute-force sums, coverage by simulation."""
 
+from dataclasses import asdict
 from math import comb
 
 import numpy as np
@@ -11,6 +12,7 @@ from dmd_core.metrics import (
     frechet_distance_of_gaussians,
     kid,
     kid_difference,
+    mean_estimate,
     regression_distance,
     retrieval,
     wilson_interval,
@@ -221,3 +223,54 @@ def test_missing_gallery_is_none_and_half_a_gallery_is_an_error(tmp_path):
     (tmp_path / "gallery.json").write_text("{}")
     with pytest.raises(ValueError, match=r"gallery\.json alone"):
         load_gallery(str(tmp_path))
+
+
+def test_pictures_of_one_prompt_are_one_look_at_it():
+    """A copy of each picture tells nothing new: neither value nor interval may change."""
+    a, b, c = (_rng(seed).normal(seed / 10, 1, size=(10, 3)) for seed in (1, 2, 3))
+    units = np.tile(np.arange(len(a)), 3)
+    tiled_a, tiled_b, tiled_c = (np.tile(one, (3, 1)) for one in (a, b, c))
+    values = np.arange(len(a), dtype=float)
+    pairs = [
+        (kid(tiled_a, tiled_b, units=units), kid(a, b)),
+        (kid_difference(tiled_a, tiled_b, tiled_c, units=units), kid_difference(a, b, c)),
+        (mean_estimate(np.tile(values, 3), units=units), mean_estimate(values)),
+    ]
+    for together, alone in pairs:
+        assert asdict(together) == pytest.approx(asdict(alone), rel=1e-9)
+    narrower = mean_estimate(np.tile(values, 3))
+    assert narrower.high - narrower.low < 0.7 * (pairs[2][1].high - pairs[2][1].low)
+
+
+def test_rows_of_units_of_other_sizes_are_weighed_by_the_pairs_they_are_in():
+    """Against the U-statistic written out, one unit left out at a time."""
+    a, b = (_rng(seed).normal(seed / 10, 1, size=(10, 3)) for seed in (1, 2))
+    units = np.array([0, 0, 1, 2, 2, 2, 3, 4, 4, 5])
+
+    def statistic(kept: np.ndarray) -> float:
+        def k(x, y):
+            return (x @ y / len(x) + 1) ** 3
+
+        rows = np.flatnonzero(kept)
+        pairs = [(i, j) for i in rows for j in rows if units[i] != units[j]]
+        found = [k(a[i], a[j]) + k(b[i], b[j]) - k(a[i], b[j]) - k(b[i], a[j]) for i, j in pairs]
+        return float(np.mean(found))
+
+    left_out = np.array([statistic(units != unit) for unit in range(6)])
+    error = np.sqrt(5 / 6 * np.square(left_out - left_out.mean()).sum())
+    found = kid(a, b, units=units)
+    assert found.value == pytest.approx(statistic(units >= 0))
+    assert (found.high - found.low) / 2 == pytest.approx(1.959964 * error, rel=1e-5)
+    with pytest.raises(ValueError, match="units are given for 3 of 10 rows"):
+        kid(a, b, units=units[:3])
+
+
+def test_retrieval_counts_a_prompt_once_however_many_pictures_it_has():
+    rng = _rng(5)
+    names = [f"name {index}" for index in range(12)]
+    gallery = rng.normal(size=(12, 3))
+    features = gallery + rng.normal(scale=1.0, size=(12, 3))
+    alone = retrieval(features, names, gallery, names, k=(1,))
+    units = np.tile(np.arange(12), 4)
+    together = retrieval(np.tile(features, (4, 1)), names * 4, gallery, names, k=(1,), units=units)
+    assert together[0].share == alone[0].share and together[0].counted == 48

@@ -13,6 +13,7 @@ from pipelines.report_text import tiles
 from pipelines.storage import open_store
 from pipelines.stored_images import open_images
 from pipelines.systems import STUDENT, TEACHER, Networks, SamplingPlan, few_step_name
+from pipelines.unit import Unit
 from tests.tiny_clip import save_tiny_clip
 
 PROMPTS = tuple(f"a {colour} {thing}" for colour in ("red", "blue") for thing in ("fox", "tree"))
@@ -46,7 +47,7 @@ def sampled(networks, tmp_path_factory):
 def test_a_student_like_the_teacher_has_the_same_score(networks, sampled, clip_dir):
     folder, files = sampled
     same = {TEACHER: files[TEACHER], STUDENT: files[TEACHER]}
-    found = measure_alignment(clip_dir, networks, folder, same, 0.95)
+    found = measure_alignment(clip_dir, networks, folder, same, Unit(0.95))
     assert found["clip_score"][STUDENT] == found["clip_score"][TEACHER]
     assert found["clip_score_difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert found["clip_revision"] == clip_revision(clip_dir) and found["clip_model"] == "tiny"
@@ -55,7 +56,7 @@ def test_a_student_like_the_teacher_has_the_same_score(networks, sampled, clip_d
 def test_another_student_has_its_own(networks, sampled, clip_dir):
     folder, files = sampled
     other = {TEACHER: files[TEACHER], STUDENT: files[FEW]}
-    found = measure_alignment(clip_dir, networks, folder, other, 0.95)
+    found = measure_alignment(clip_dir, networks, folder, other, Unit(0.95))
     images = [open_images(folder, path).first(len(PROMPTS)) for path in other.values()]
     teacher, student = (ClipScorer(clip_dir)(one.pictures, one.prompts) for one in images)
     assert found["clip_score"][TEACHER]["value"] == pytest.approx(teacher.mean())
@@ -66,7 +67,7 @@ def test_another_student_has_its_own(networks, sampled, clip_dir):
 
 def test_without_a_model_the_result_says_so(networks, sampled):
     folder, files = sampled
-    found = alignment("", networks, folder, files, confidence=0.95, pool=SamplerPool())
+    found = alignment("", networks, folder, files, unit=Unit(0.95), pool=SamplerPool())
     assert found == {"clip_score": "not measured: evaluate.clip_model names no CLIP model"}
 
 

@@ -52,7 +52,8 @@ def test_from_the_data_set_to_the_report(tmp_path):
         assert main([verb, "--config", "cifar10-cpu", *overrides]) == 0, verb
 
     metrics = json.loads((run / "metrics.json").read_text())
-    assert metrics["prompts"] == 20 and metrics["reference"] == "real"
+    assert metrics["samples"] == 20 and metrics["interval_over"] == "pictures"
+    assert metrics["reference"] == "real"
     assert metrics["feature_space"] == "Inception-v3 2015-12-05 pool (2048)"
     systems = metrics["systems"]
     assert set(systems) == {"teacher", "student", "start", "mean", "teacher_5"}

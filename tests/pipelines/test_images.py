@@ -235,7 +235,8 @@ def evaluated(ray_cluster, networks, tmp_path_factory):
 def test_evaluation_measures_every_system(evaluated):
     run, metrics, progress = evaluated
     assert metrics == json.loads(Path(run.path("metrics.json")).read_text())
-    assert metrics["prompts"] == 12 and metrics["provenance"]["manifest"] == "abc"
+    assert metrics["prompts"] == metrics["samples"] == 12
+    assert metrics["interval_over"] == "prompts" and metrics["provenance"]["manifest"] == "abc"
     assert progress[-1] == (72, 72)
     systems = metrics["systems"]
     assert set(systems) == {"teacher", "student", "teacher_again", "start", "mean", "teacher_1"}

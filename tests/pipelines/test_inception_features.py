@@ -19,6 +19,7 @@ from pipelines.inception_features import REAL, Judge, real_images
 from pipelines.storage import open_store
 from pipelines.stored_images import open_images, write_part
 from pipelines.systems import STUDENT, TEACHER, TEACHER_AGAIN, Images, SamplingPlan
+from pipelines.unit import PICTURES, Unit
 from tests.pipelines import small_cifar10 as small
 
 HERE = SamplerPool(actors=0)
@@ -134,7 +135,7 @@ def test_teacher_and_student_are_measured_against_the_real_pictures():
     images = {system: _images(prompts, 1) for system in (TEACHER, STUDENT)}
 
     def measured(system: str, features: dict[str, np.ndarray], images=images) -> dict:
-        return measure_system(system, images, features, None, 0.95)
+        return measure_system(system, images, features, None, Unit(0.95, PICTURES))
 
     teacher, student = (measured(system, features) for system in (TEACHER, STUDENT))
     assert teacher["kid"] == asdict(kid(features[TEACHER], features[REAL]))
@@ -154,7 +155,7 @@ def test_pictures_in_files_of_other_sizes_are_compared_row_by_row(tmp_path):
         write_part(store, "teacher", start, 10, teacher.rows(slice(start, start + 4)))
     images = {TEACHER: open_images(store, "teacher"), STUDENT: student}
     features = {STUDENT: np.zeros((10, 2)), TEACHER_AGAIN: np.ones((10, 2))}
-    found = measure_system(STUDENT, images, features, None, 0.95)["rmse"]
+    found = measure_system(STUDENT, images, features, None, Unit(0.95, PICTURES))["rmse"]
     scaled = [entry.pictures.astype(np.float32) / 255 for entry in (student, teacher)]
     assert found == pytest.approx(asdict(regression_distance(*scaled)))
 

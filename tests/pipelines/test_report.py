@@ -48,6 +48,8 @@ def _metrics(*, with_retrieval: bool = True) -> dict:
     seconds = {"teacher": 1.2, "student": 0.024, "teacher_1": 0.05}
     return {
         "prompts": 20,
+        "samples": 20,
+        "interval_over": "prompts",
         "confidence": 0.95,
         "feature_space": "VAE latent mean",
         "feature_dimension": 64,

@@ -1,0 +1,30 @@
+"""Station 9: what the confidence intervals of an evaluation are over."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dmd_core.families import family_of
+
+PROMPTS, PICTURES = "prompts", "pictures"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Prompts are a sample of all that could be asked for, and the pictures of one prompt are
+    alike: they count once. The classes of a class-conditional teacher are all there are, so its
+    pictures are the sample."""
+
+    confidence: float
+    name: str = PROMPTS
+
+    @staticmethod
+    def of_teacher(folder: str, confidence: float) -> "Unit":
+        return Unit(confidence, PICTURES if family_of(folder).on_pixels else PROMPTS)
+
+    def of(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """For the metrics: the confidence, and which rows of `prompts` belong together."""
+        units = None if self.name == PICTURES else np.unique(prompts, return_inverse=True)[1]
+        return {"confidence": self.confidence, "units": units}
