@@ -13,7 +13,7 @@ from dmd_core.families import guidance_distilled
 from dmd_core.teacher import teacher_revision
 from jobs.config import resolve_shipped
 from jobs.errors import JobError
-from jobs.export import EXPORTED
+from jobs.export import EXPORTED, check_teacher_revision
 from jobs.pins import pinned_manifest
 from jobs.placement import DATA_CPUS, check_room, evaluate_demand
 from jobs.session import Session
@@ -42,6 +42,7 @@ from pipelines.systems import (
 
 # Where pictures are made, which does not change them.
 _WHERE = {"actors", "cpus_per_actor", "gpus_per_actor", "placement"}
+_OF_STUDENT = ("step", "pairs_digest", "teacher_revision", "student_revision")
 _MEAN_ROWS = 2048  # rows of the pair set that the mean picture is taken over
 
 
@@ -51,12 +52,16 @@ def run(session: Session) -> dict[str, Any]:
     exported = session.read_json(EXPORTED)
     if exported is None:
         raise JobError(f"{session.store.url} has no student; run `dmd export` first")
+    session.check_settings()
     prompts = read_prompts(resolve_shipped(recipe.evaluate.prompts), recipe.storage).prompts
     inputs = _inputs(session, exported, prompts)
     metrics = session.read_json(METRICS)
     if metrics is not None and metrics["provenance"].get("inputs") == inputs:
         session.display.done("evaluate: nothing to do, metrics.json is up to date")
         return metrics
+    check_teacher_revision(
+        session, teacher_revision(session.teacher_dir), exported["teacher_revision"]
+    )
     networks = Networks(
         teacher=session.teacher_url,
         student=exported["student"],
@@ -92,7 +97,7 @@ def _inputs(session: Session, exported: dict[str, Any], prompts: Sequence[str]) 
         "evaluate": recipe.evaluate.model_dump(mode="json", exclude=_WHERE),
         "plan": asdict(plan),
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        **{key: exported[key] for key in ("step", "pairs_digest", "teacher_revision", "student")},
+        **{key: exported.get(key) for key in _OF_STUDENT},
     }
     return json.loads(json.dumps(inputs))  # as they are read back
 

@@ -25,6 +25,7 @@ from pipelines.prompt_files import hash_file, list_files
 from pipelines.prompts import PromptSource
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store
+from pipelines.stored_images import stored_whole
 
 # Who does the work, and how patiently: no row and no weight follows from it.
 _PAIRS_WORK = ("actors", "attempts", "lease_seconds", "cpus_per_actor", "gpus_per_actor")
@@ -160,8 +161,8 @@ class Evaluate(Step):
         metrics, store = chain.run.read_json(METRICS), chain.run.store
         if metrics is None:
             return None
-        made = [metrics["noise"], *metrics["pictures"].values()]
-        if not all(store.fs.exists(store.path(file)) for file in made):
+        whole = (stored_whole(store, folder) for folder in metrics["pictures"].values())
+        if not store.fs.exists(store.path(metrics["noise"])) or not all(whole):
             return None
         return {"metrics": _digest(metrics)}
 

@@ -63,6 +63,15 @@ def open_images(store: Store, folder: str) -> "StoredImages":
     return images
 
 
+def stored_whole(store: Store, folder: str) -> bool:
+    """Are all pictures of the set there?"""
+    try:
+        open_images(store, folder)
+    except ValueError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class StoredImages:
     """The files of `folder` that begin with rows `starts`; nothing is held but what is asked

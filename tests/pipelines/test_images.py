@@ -25,7 +25,7 @@ from pipelines.images import SamplerPool, image_folders, make_images
 from pipelines.plots import picture_grid
 from pipelines.report import collect_inputs, render_report
 from pipelines.storage import open_store
-from pipelines.stored_images import open_images, stored_parts
+from pipelines.stored_images import open_images, stored_parts, stored_whole
 from pipelines.systems import (
     Networks,
     SamplingPlan,
@@ -310,6 +310,7 @@ def test_interrupted_sampling_goes_on_with_what_is_missing(evaluated, networks):
     lost.unlink()
     with pytest.raises(ValueError, match="holds 8 of 12 evaluation pictures"):
         open_images(run, folders["student"])
+    assert stored_whole(run, folders["teacher_1"]) and not stored_whole(run, folders["student"])
     section = EvaluateSection(teacher_steps=4, few_steps=(1,), batch_size=8)
     plan = SamplingPlan.from_sections(section, PairsSection(guidance_scale=3.0))
     told = []
