@@ -29,6 +29,7 @@ from dmd_core.plain_call import (
 from dmd_core.student import Student
 from dmd_core.teacher import load_teacher
 from pipelines.config import EvaluateSection, PairsSection, StorageSection
+from pipelines.device_turns import DeviceTurns
 from pipelines.local_folders import nearby
 from pipelines.storage import open_store
 from pipelines.teacher_source import local_teacher
@@ -180,7 +181,8 @@ def network_evaluations(
 
 
 class SystemSampler:
-    """Samples any system; works without Ray. Networks must be local folders."""
+    """Samples any system; works without Ray. Networks must be local folders. Teacher and student
+    take turns on the device: ask for one system after the other."""
 
     def __init__(self, plan: SamplingPlan, networks: Networks) -> None:
         self.plan = plan
@@ -190,6 +192,8 @@ class SystemSampler:
         self.shape = self.teacher.latent_shape(plan.height, plan.width)
         self.mean = networks.mean
         self._student_path, self._student = networks.student, None
+        # All pictures become features in the teacher's VAE.
+        self._turns = DeviceTurns(networks.device, self.teacher.pipeline, stays=self.teacher.vae)
 
     def __call__(self, system: str, prompts: tuple[str, ...], seeds: list[int]) -> Images:
         """Pictures of `system`. ε is rounded to float16, as the pairs' noise is."""
@@ -199,6 +203,7 @@ class SystemSampler:
         elif system == STUDENT:
             latents, pictures = self._sample_student(eps, prompts, seeds)
         else:
+            self._turns.bring(self.teacher.pipeline)
             solved = (
                 self._start(eps, prompts, seeds)
                 if system == START
@@ -239,7 +244,8 @@ class SystemSampler:
         """The exported folder through plain diffusers, as its user would call it. A student of
         several steps draws its re-noising from one generator per picture."""
         if self._student is None:
-            self._student = load_plainly(self._student_path, self.teacher.device)
+            self._student = load_plainly(self._student_path, "cpu")
+        self._turns.bring(self._student)
         pipeline, family = with_latents(self._student), family_of_pipeline(self._student)
         arguments = call_arguments(
             family_of_pipeline(pipeline),

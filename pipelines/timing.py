@@ -22,6 +22,7 @@ from dmd_core.plain_call import (
     with_latents,
 )
 from dmd_core.teacher import Teacher, load_teacher
+from pipelines.device_turns import DeviceTurns
 from pipelines.systems import STUDENT, TEACHER, Networks, SamplingPlan, load_plainly
 from pipelines.workers import set_threads
 
@@ -29,6 +30,7 @@ _WARM_UP = 2
 # NVML updates its energy counter about every 100 ms, so one short picture cannot be measured.
 _ENERGY_SECONDS = 2.0
 NOT_MEASURED = "not measured"
+Makers = dict[str, Callable[[str], Any]]  # system → a call that makes one picture of a prompt
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,16 @@ def measure_speed(
     Systems take turns, so that a machine that slows down slows all of them.
     """
     set_threads(networks.threads)
-    makers = _picture_makers(plan, networks.local())
-    for make in makers.values():
+    makers, ready = _picture_makers(plan, networks.local())
+    for system, make in makers.items():
+        ready(system)
         for _ in range(_WARM_UP):
             make(prompts[0])
     taken: dict[str, list[float]] = {system: [] for system in makers}
     for repeat in range(repeats):
         for system, make in makers.items():
+            if ready(system):
+                make(prompts[0])  # finds its memory again
             started = time.perf_counter()
             make(prompts[repeat % len(prompts)])
             taken[system].append(time.perf_counter() - started)
@@ -69,19 +74,25 @@ def measure_speed(
         "batch_size": 1,
         "threads": torch.get_num_threads(),
         "device": _device_name(networks.device),
-        "joules_per_picture": measure_energy(makers, prompts[0], nvml_counter(networks.device)),
+        "joules_per_picture": measure_energy(
+            makers, prompts[0], nvml_counter(networks.device), ready
+        ),
     }
 
 
 def measure_energy(
-    makers: dict[str, Callable[[str], Any]], prompt: str, counter: Callable[[], float] | str
+    makers: Makers,
+    prompt: str,
+    counter: Callable[[], float] | str,
+    ready: Callable[[str], object] = lambda system: None,
 ) -> dict[str, Any]:
     """System → joules per picture. `counter()` reads joules so far; a string says why there is
-    none."""
+    none. `ready(system)` is called before a system is measured."""
     if isinstance(counter, str):
         return {"value": NOT_MEASURED, "reason": counter}
     joules = {}
     for system in (TEACHER, STUDENT):
+        ready(system)
         pictures, started, before = 0, time.perf_counter(), counter()
         while pictures == 0 or time.perf_counter() - started < _ENERGY_SECONDS:
             makers[system](prompt)
@@ -109,12 +120,13 @@ def nvml_counter(device: str) -> Callable[[], float] | str:
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000.0  # from millijoules
 
 
-def _picture_makers(plan: SamplingPlan, local: Networks) -> dict[str, Callable[[str], Any]]:
-    """System → a call that makes one picture of a prompt."""
+def _picture_makers(plan: SamplingPlan, local: Networks) -> tuple[Makers, Callable[[str], bool]]:
+    """The makers, and what brings a system's networks to the device (True: they were not there)."""
     teacher = load_teacher(local.teacher, device=local.device, size=(plan.height, plan.width))
+    turns = DeviceTurns(local.device, teacher.pipeline)
     shape = teacher.latent_shape(*teacher.size)
     latents = sample_noise([plan.seed], shape, torch.float16).float().to(local.device)
-    student = with_latents(load_plainly(local.student, local.device))
+    student = with_latents(load_plainly(local.student, "cpu"))
     steps = {TEACHER: plan.steps} | plan.few()
     if teacher.family.on_pixels:  # no pipeline of diffusers guides these, or takes our solver
         makers = {name: _solved(teacher, plan, latents, n) for name, n in steps.items()}
@@ -126,7 +138,8 @@ def _picture_makers(plan: SamplingPlan, local: Networks) -> dict[str, Callable[[
         makers = {name: _called(teacher, whole, latents, n, guidance) for name, n in steps.items()}
     told = family_of_pipeline(student)
     guided = {"guidance_scale": student_guidance(told)} if told.takes("guidance_scale") else {}
-    return makers | {STUDENT: _called(teacher, student, latents, plan.student_steps, guided)}
+    makers |= {STUDENT: _called(teacher, student, latents, plan.student_steps, guided)}
+    return makers, lambda system: turns.bring(student if system == STUDENT else teacher.pipeline)
 
 
 def _sampling_pipeline(teacher: Teacher, plan: SamplingPlan) -> Any:
