@@ -140,7 +140,7 @@ def test_a_training_goes_on_when_its_node_dies(cluster, terminal, settings, run_
 
 def test_an_evaluation_goes_on_when_a_node_dies(cluster, terminal, settings, run_dir):
     finished = settings | {"train.max_train_steps": 40, "train.train_batch_size": 32}
-    terminal.ray_submit("export", finished).finish()
+    terminal.dmd("export", *arguments(finished)).finish()  # needs no cluster
     job = terminal.ray_submit("evaluate", finished)
     job.wait_until(lambda: nodes_with(cluster, SAMPLER), "a sampler")
     kill_node_with(cluster, SAMPLER)
