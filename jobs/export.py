@@ -35,13 +35,15 @@ def run(session: Session) -> dict[str, Any]:
     steps = committed_steps(store.fs, store.path(CHECKPOINTS))
     if not steps:
         raise JobError(f"{store.url} has no checkpoint; run `dmd train` with this recipe first")
+    session.check_settings()
     step, why = _chosen(session, steps)
-    done = session.read_json(EXPORTED)
-    if done is not None and done["step"] == step and "student_revision" in done:
+    done = _exported(session)
+    if done is not None and done["step"] == step:
         session.display.done(f"export: nothing to do, step {step} is in {done['student']}")
         return done
     checkpoint, pairs = load_student(store, CHECKPOINTS, step), session.recipe.pairs
     teacher = load_teacher(session.teacher_dir, size=(pairs.height, pairs.width))
+    check_teacher_revision(session, teacher.revision, checkpoint.state["teacher_revision"])
     card = {
         "step": step,
         "checkpoint": why,
@@ -76,6 +78,24 @@ def plan(session: Session) -> dict[str, Any]:
         "checkpoint": why,
         "writes_to": f"{session.store.url}/{STUDENT}",
     }
+
+
+def check_teacher_revision(session: Session, found: str, trained: str) -> None:
+    """Refuse a teacher that is not the one that the run was trained from."""
+    if found != trained:
+        raise JobError(
+            f"teacher.path {session.recipe.teacher.path} has revision {found[:12]}…, "
+            f"{session.store.url} was trained from {trained[:12]}…; give that teacher",
+            Exit.REFUSED,
+        )
+
+
+def _exported(session: Session) -> dict[str, Any] | None:
+    """What `run` left, where the student is still there."""
+    done, store = session.read_json(EXPORTED), session.store
+    if done is None or "student_revision" not in done:
+        return None
+    return done if store.fs.exists(store.path(STUDENT, "model_index.json")) else None
 
 
 def _chosen(session: Session, steps: list[int]) -> tuple[int, str]:

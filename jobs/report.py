@@ -20,6 +20,7 @@ def run(session: Session) -> dict[str, Any]:
     store = session.store
     if not store.fs.exists(store.path(METRICS)):
         raise JobError(f"{store.url} has no {METRICS}; run `dmd evaluate` with this recipe first")
+    session.check_settings()
     path = store.path(REPORT) if is_local(store.fs) else f"{store.url}/{REPORT}"
     # The metrics name everything they were made from, so their digest stands for the run.
     metrics: Any = store.fs.cat_file(store.path(METRICS))

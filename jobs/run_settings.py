@@ -47,6 +47,9 @@ MAY_CHANGE = {
     "pairs.placement",
 }
 
+# Where a run's inputs lie: what is found there is held against digests that the run kept.
+PLACES = {"teacher", "pairs.root"}
+
 
 def is_one_of(key: str, prefixes: Collection[str]) -> bool:
     """Is it one of these keys, or below one?"""

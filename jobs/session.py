@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from jobs.config import Recipe, dump_recipe, load_recipe, resolve_shipped
 from jobs.display import Display, loss_fields
 from jobs.errors import Exit, JobError
 from jobs.quiet import redirected_output
-from jobs.run_settings import MAY_CHANGE, flat_settings, is_one_of
+from jobs.run_settings import MAY_CHANGE, PLACES, flat_settings, is_one_of
 from pipelines.storage import Store, check_writable, open_store
 
 _LIBRARIES = ("ray", "torch", "diffusers", "transformers", "pyarrow", "s3fs", "numpy")
@@ -47,7 +47,12 @@ class Session:
     def check_run(self) -> None:
         """Refuse a folder that cannot be written to, and one that holds another run."""
         check_writable(self.store)
-        self._refuse_other_settings()
+        self._refuse_other_settings(MAY_CHANGE)
+
+    def check_settings(self) -> None:
+        """For what is made from a run: refuse settings that are not the run's own, but for those
+        that may change and for where its teacher and pairs lie."""
+        self._refuse_other_settings(MAY_CHANGE | PLACES)
 
     def open_run(self) -> None:
         """Check the folder, and write `config.yaml` and `versions.json`."""
@@ -72,23 +77,25 @@ class Session:
         except ValueError as error:
             raise JobError(f"{self.store.url}/{name} is not JSON: {error}") from error
 
-    def _refuse_other_settings(self) -> None:
+    def _refuse_other_settings(self, may_change: Collection[str]) -> None:
         path = self.store.path("config.yaml")
         if not self.store.fs.exists(path):
             return
         import yaml
 
-        then = flat_settings(yaml.safe_load(self.store.fs.cat_file(path)))
+        defaults = yaml.safe_load(dump_recipe(Recipe()))  # of keys that a later release added
+        then = flat_settings(defaults) | flat_settings(yaml.safe_load(self.store.fs.cat_file(path)))
         now = flat_settings(yaml.safe_load(dump_recipe(self.recipe)))
         changed = [
             f"{key}: {then.get(key)!r} → {now.get(key)!r}"
             for key in sorted(then.keys() | now.keys())
-            if then.get(key) != now.get(key) and not is_one_of(key, MAY_CHANGE)
+            if then.get(key) != now.get(key) and not is_one_of(key, may_change)
         ]
         if changed and self._has_work():
             raise JobError(
                 f"{self.store.url} holds a run with other settings ({'; '.join(changed)}). "
-                "Use another folder (--set run.dir=…), or remove that one to start afresh.",
+                "Give its own recipe (--config), use another folder (--set run.dir=…), or remove "
+                "that one to start afresh.",
                 Exit.REFUSED,
             )
 
