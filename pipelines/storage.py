@@ -24,6 +24,14 @@ class StoreUrlError(ValueError):
     """A URL of a store that cannot be used as it is written."""
 
 
+class _ObjectStoreHandler(pyarrow.fs.FSSpecHandler):
+    """An object store has no folders to make: s3fs would ask for the bucket, which keys for one
+    prefix may not, and create it where it thinks that there is none."""
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder: `fs` (fsspec) and `root`, the path inside it, without scheme."""
@@ -36,7 +44,7 @@ class Store:
         """The same filesystem for pyarrow and Ray."""
         if is_local(self.fs):
             return pyarrow.fs.LocalFileSystem()
-        return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(self.fs))
+        return pyarrow.fs.PyFileSystem(_ObjectStoreHandler(self.fs))
 
     @property
     def url(self) -> str:
@@ -117,7 +125,8 @@ def check_writable(store: Store) -> None:
     """
     probe = store.path(f".writable-{os.getpid()}")
     try:
-        store.fs.makedirs(store.root, exist_ok=True)
+        if is_local(store.fs):  # elsewhere there are no folders (see `_ObjectStoreHandler`)
+            store.fs.makedirs(store.root, exist_ok=True)
         store.fs.pipe_file(probe, b"ok")
         store.fs.rm_file(probe)
     except store_errors() as error:

@@ -65,7 +65,8 @@ class FolderWriter(StorageWriter):
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         with self._portable():
             remove_folder(self.fs, self.path)
-            self.fs.makedirs(self.path, exist_ok=True)
+            if is_local(self.fs):  # elsewhere it would ask for the bucket, or even create it
+                self.fs.makedirs(self.path, exist_ok=True)
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:

@@ -389,6 +389,12 @@ def test_checkpoints_of_a_run(place):
         prune_checkpoints(fs, root, keep=0)
 
 
+def test_a_bucket_that_is_gone_is_not_created_by_a_save(s3_store):
+    with pytest.raises(CheckpointError, match="bucket does not exist"):
+        save_checkpoint(s3_store.fs, "gone/run", _checkpoint(1))
+    assert "gone" not in s3_store.fs.ls("")
+
+
 def test_damage_on_s3(s3_store):
     fs, root = s3_store.fs, s3_store.path("run")
     for step in (3, 4):

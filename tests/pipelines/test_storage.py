@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
@@ -22,7 +23,7 @@ from pipelines.commits import (
 )
 from pipelines.config import StorageSection
 from pipelines.lease import hold_lease
-from pipelines.storage import Store, open_store
+from pipelines.storage import Store, check_writable, open_store
 from tests.fault_proxy import Fault, FaultProxy
 from tests.s3_servers import careless_server, new_bucket
 
@@ -147,6 +148,34 @@ def test_a_store_that_ignores_conditions_is_refused(tmp_path, seaweed_store):
         ):
             pytest.fail("the lease was given")
         assert careless.fs.find(careless.root) == []
+
+
+# ---------------------------------------------------------------- at the door
+
+
+def test_a_misspelt_bucket_is_refused_and_not_created(s3_store, s3_options):
+    check_writable(s3_store)
+    assert s3_store.fs.find(s3_store.root) == []
+    typo = open_store("s3://tsets/run", s3_options)
+    with pytest.raises(PermissionError, match=r"cannot write to s3://tsets/run: .*bucket"):
+        check_writable(typo)
+    typo.arrow.create_dir(typo.path("pairs"), recursive=True)  # Ray does so before it writes
+    assert "tsets" not in s3_store.fs.ls("")
+
+
+def test_rights_for_one_prefix_are_enough(proxy, shaky):
+    """Nothing is asked about the bucket itself."""
+    check_writable(shaky)
+    arrow = pickle.loads(pickle.dumps(shaky.arrow))  # as it comes to a worker
+    arrow.create_dir(shaky.path("data"), recursive=True)
+    with arrow.open_output_stream(shaky.path("data", "a.parquet")) as stream:
+        stream.write(b"1")
+    assert proxy.log and all(shaky.root in exchange.path for exchange in proxy.log)
+
+
+def test_a_local_folder_is_made(tmp_path):
+    check_writable(open_store(str(tmp_path / "runs" / "mine")))
+    assert list((tmp_path / "runs" / "mine").iterdir()) == []
 
 
 # ---------------------------------------------------------------- whole or absent
