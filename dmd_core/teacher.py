@@ -205,10 +205,28 @@ def _load_pipeline(path: str, family: Family) -> Any:
         pipeline = family.pipeline_class.from_pretrained(
             path, dtype=torch.float32, use_safetensors=True, local_files_only=True, **absent
         )
-    except OSError as error:
-        raise TeacherError(f"teacher {path} cannot be loaded: {error}") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise TeacherError(
+            f"teacher {path} cannot be loaded: {error}{_by_sentencepiece(path, family)}"
+        ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _by_sentencepiece(path: str, family: Family) -> str:
+    """What transformers does not say of a tokenizer that it could not read."""
+    parts = [Path(path) / part for part in family.parts if part.startswith("tokenizer")]
+    alone = [
+        f"{part.name}/spiece.model"
+        for part in parts
+        if (part / "spiece.model").is_file() and not (part / "tokenizer.json").is_file()
+    ]
+    if not alone:
+        return ""
+    return (
+        f" ({' and '.join(alone)}: expected a model that sentencepiece, a dependency, can read; is "
+        "it installed, and the file whole?)"
+    )
 
 
 def class_names(path: str) -> tuple[str, ...]:
