@@ -103,7 +103,7 @@ def _finish(
                 return _wait(claim, error, table, now)
             result = Result("failed", str(error), now, last)
         else:
-            detail = "the cluster had it already" if already else ""
+            detail = "the cluster had it already" if already else _not_looked_at(claim, last)
             result = Result("submitted", detail, now, claim.job)
     if not table.settle(claim, result):
         return None
@@ -117,12 +117,25 @@ def _decide(
     if is_late(entry, claim.slot, now):
         hours = (now - claim.slot).total_seconds() / 3600
         return Result("missed", f"{hours:.1f} hours late", now, last)
-    if last is not None and client.status(last) in ACTIVE:
+    # A job of another cluster holds nothing up: that cluster may be gone for good.
+    if last is not None and _same_cluster(claim, last) and client.status(last) in ACTIVE:
         return Result("skipped", f"still running: {last.submission_id}", now, last)
     # Asked last: a removal that came before this moment is kept.
     if claim.entry != entry.digest or table.removed(entry):
         return Result("removed", "", now, last)
     return None
+
+
+def _same_cluster(claim: Claim, job: Job) -> bool:
+    return job.address == claim.job.address
+
+
+def _not_looked_at(claim: Claim, last: Job | None) -> str:
+    """For the record: why a job was submitted whose predecessor may still run."""
+    if last is None or _same_cluster(claim, last):
+        return ""
+    where = last.address or "the scheduler's own cluster"
+    return f"not looked at, for it is on {where}: {last.submission_id}"
 
 
 def _last_job(
@@ -140,8 +153,11 @@ def _last_job(
         if found is not None:
             unfinished.append(found)
     for left in reversed(unfinished):
-        if client.status(left.job) is None:
-            result = Result("superseded", f"by {slot_key(claim.slot)}", now, last)
+        by = f"by {slot_key(claim.slot)}"
+        if not _same_cluster(claim, left.job):
+            result = Result("superseded", f"{by}; {_not_looked_at(claim, left.job)}", now, last)
+        elif client.status(left.job) is None:
+            result = Result("superseded", by, now, last)
         else:
             result = Result("submitted", "found on the cluster", now, left.job)
         if not table.settle(left, result):

@@ -365,6 +365,48 @@ def test_the_running_job_is_still_known_after_slots_that_submitted_nothing():
     assert (event.outcome, event.detail) == ("skipped", f"still running: {first.submission_id}")
 
 
+class TwoClusters(FakeCluster):
+    """The job server at the first address is gone for good."""
+
+    gone: str | None = None
+
+    def status(self, job: Job) -> str | None:
+        if self.gone is not None and job.address == self.gone:
+            raise SubmitError("connection refused", transient=True)
+        return super().status(job)
+
+
+def test_a_cluster_that_was_replaced_holds_up_no_job_of_the_new_one():
+    """The same name, removed and added with another address; the old server never answers."""
+    world = World(address="http://old:8265")
+    world.cluster = TwoClusters()
+    first = world.tick("01:00")
+    world.cluster.gone = "http://old:8265"
+    created = utc("2026-03-01 01:30")
+    world.entry = made_entry(generation=2, address="http://new:8265", created=created)
+    event = world.tick("02:00")
+    assert event.outcome == "submitted"
+    assert event.detail == f"not looked at, for it is on http://old:8265: {first.submission_id}"
+    event = world.tick("03:00")
+    assert (event.outcome, event.detail[:13]) == ("skipped", "still running")
+    world.finish_jobs()
+    event = world.tick("04:00")
+    assert (event.outcome, event.detail) == ("submitted", "")
+
+
+def test_a_slot_left_unfinished_on_a_replaced_cluster_is_superseded():
+    world = World(address="http://old:8265")
+    world.cluster = TwoClusters()
+    world.cluster.down = SubmitError("connection refused", transient=True)
+    assert world.outcome("01:00") == "waiting"
+    world.cluster.down, world.cluster.gone = None, "http://old:8265"
+    created = utc("2026-03-01 01:30")
+    world.entry = made_entry(generation=2, address="http://new:8265", created=created)
+    assert world.outcome("02:00") == "submitted"
+    left = world.table.results[utc("2026-03-01 01:00")]
+    assert left.outcome == "superseded" and "http://old:8265" in left.detail
+
+
 def test_a_slot_later_than_allowed_is_recorded_as_missed():
     world = World(max_late_s=600.0)
     assert world.outcome("01:11") == "missed" and world.cluster.jobs == {}
