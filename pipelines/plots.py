@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
+_ENLARGED_TO = 128  # pixels of a picture's longer side; larger ones are shown as they are
+_OPTIMIZED_UP_TO = 2**20  # pixels; beyond, a training would wait for smaller files
 _GAP = 2  # pixels between pictures, before scaling
 _BACKGROUND = (255, 255, 255)
 # Drawn in these colours, then replaced: the page's style decides, in light and in dark.
@@ -34,8 +36,8 @@ _LOG_FROM = 20.0  # ratio of largest to smallest value from which a logarithmic 
 _SMOOTHING = 0.05  # share of the curve that the running mean spans
 
 
-def picture_grid(rows: Sequence[np.ndarray], *, scale: int = 3) -> bytes:
-    """A PNG with one row of pictures per array (N,H,W,3) uint8, enlarged `scale` times.
+def picture_grid(rows: Sequence[np.ndarray]) -> bytes:
+    """A PNG with one row of pictures per array (N,H,W,3) uint8; small pictures are enlarged.
 
     Enlarged by repeating pixels, so that what is seen is what the network made. Rows may differ in
     N; all pictures must have one size. Raises ValueError otherwise.
@@ -57,14 +59,30 @@ def picture_grid(rows: Sequence[np.ndarray], *, scale: int = 3) -> bytes:
         for column, picture in enumerate(row):
             top, left = line * (height + _GAP), column * (width + _GAP)
             canvas[top : top + height, left : left + width] = picture
+    scale = max(1, _ENLARGED_TO // max(height, width))
     return encode_png(canvas.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
 def encode_png(picture: np.ndarray) -> bytes:
     """(H,W,3) uint8 → PNG bytes."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
+    small = picture.shape[0] * picture.shape[1] <= _OPTIMIZED_UP_TO
+    effort: dict[str, Any] = {"optimize": True} if small else {"compress_level": 1}
+    Image.fromarray(picture).save(buffer, format="PNG", **effort)
     return buffer.getvalue()
+
+
+def narrowed_png(png: bytes, width: int) -> bytes:
+    """The same picture at most `width` pixels wide, for a page that carries it; one that is no
+    wider, or too large to be opened safely, as it is."""
+    try:
+        picture = Image.open(io.BytesIO(png))
+    except Image.DecompressionBombError:
+        return png
+    if picture.width <= width:
+        return png
+    picture.thumbnail((width, picture.height))
+    return encode_png(np.asarray(picture.convert("RGB")))
 
 
 def loss_curve(

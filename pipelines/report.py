@@ -17,7 +17,14 @@ from markupsafe import Markup
 
 from pipelines.evaluation import METRICS, NOISE, NOISE_PROMPTS
 from pipelines.health_record import HEALTH, HealthEvent, read_events
-from pipelines.plots import Interval, encode_png, interval_plot, loss_curve, loss_series
+from pipelines.plots import (
+    Interval,
+    encode_png,
+    interval_plot,
+    loss_curve,
+    loss_series,
+    narrowed_png,
+)
 from pipelines.report_text import (
     findings,
     headline,
@@ -44,6 +51,7 @@ TRAINING_LOG = "metrics.jsonl"
 # What a card shows: two pictures large, then the baselines small.
 _LABELS = {TEACHER: "Teacher", STUDENT: "Student", START: "Start", few_step_name(1): "1 step"}
 _SAMPLES_SHOWN = 5
+_SAMPLES_WIDTH = 2048  # pixels of a strip
 _PIXELATED_UP_TO = 128  # pixels; larger pictures are shown smoothly
 _SAMPLE_NAME = re.compile(r"step_(\d+)\.png")
 
@@ -144,7 +152,8 @@ def render_report(inputs: ReportInputs, template: str) -> str:
         intervals=Markup(_kid_plot(metrics, names)),
         energy=metrics["timing"]["joules_per_picture"],
         samples=[
-            {"step": step, "src": _data_uri(png)} for step, png in _evenly(inputs.samples)
+            {"step": step, "src": _data_uri(narrowed_png(png, _SAMPLES_WIDTH))}
+            for step, png in _evenly(inputs.samples)
         ],
         metrics=metrics,
         confidence=f"{100 * metrics['confidence']:.0f} %",

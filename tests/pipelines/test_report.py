@@ -393,12 +393,43 @@ def test_a_run_is_collected_with_its_health_and_validation(tmp_path):
 
 def test_grid_shows_every_picture_pixel_for_pixel():
     teacher, student = _pictures(3, seed=1), _pictures(2, seed=2)
-    grid = np.asarray(Image.open(io.BytesIO(picture_grid([teacher, student], scale=3))))
-    assert grid.shape == (3 * (4 + 2 + 4), 3 * (3 * 4 + 2 * 2), 3)
+    grid = np.asarray(Image.open(io.BytesIO(picture_grid([teacher, student]))))
+    assert grid.shape == (32 * (4 + 2 + 4), 32 * (3 * 4 + 2 * 2), 3)  # a picture takes 128 pixels
     for line, row in enumerate([teacher, student]):
         for column, picture in enumerate(row):
-            top, left = 3 * 6 * line, 3 * 6 * column
-            assert np.array_equal(grid[top : top + 12 : 3, left : left + 12 : 3], picture)
+            top, left = 32 * 6 * line, 32 * 6 * column
+            assert np.array_equal(grid[top : top + 128 : 32, left : left + 128 : 32], picture)
+
+
+@pytest.mark.parametrize(("size", "scale"), [(32, 4), (100, 1), (512, 1)])
+def test_large_pictures_are_not_enlarged_and_cost_no_effort(size, scale, monkeypatch):
+    efforts = []
+
+    def save(self, buffer, **options):
+        efforts.append(options)
+        plain(self, buffer, **options)
+
+    plain = Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", save)
+    pictures = _pictures(4, size=size)
+    found = Image.open(io.BytesIO(picture_grid([pictures, pictures])))
+    assert found.size == (scale * (4 * size + 3 * 2), scale * (2 * size + 2))
+    effort = {"optimize": True} if size < 512 else {"compress_level": 1}
+    assert efforts == [{"format": "PNG"} | effort]
+
+
+def test_the_page_carries_wide_strips_of_samples_narrowed():
+    wide = picture_grid([_pictures(5, size=600)])
+    small = picture_grid([_pictures(2)])
+    page = _Page(render_report(_inputs(samples=[(1, wide), (2, small)]), TEMPLATE))
+    shown = [
+        base64.b64decode(image["src"].split(",", 1)[1])
+        for image in page.all("img")
+        if (image["alt"] or "").startswith("Samples at step")
+    ]
+    narrow = Image.open(io.BytesIO(shown[0]))
+    assert narrow.width == 2048 and narrow.height == round(600 * 2048 / (5 * 600 + 4 * 2))
+    assert len(shown[0]) < len(wide) and shown[1] == small
 
 
 def test_grid_refuses_pictures_of_different_sizes():
