@@ -15,11 +15,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from dmd_core.files import is_local, write_atomic
+from pipelines.progress import Throttle
 from pipelines.storage import Store
 
 TrackerName = Literal["tensorboard", "wandb", "none"]
 _TENSORBOARD, _WANDB = "tensorboard", "wandb.json"
 _PROJECT = "one-step-dmd"
+_UPLOAD_S = 60.0  # training waits for an upload
 
 
 class Tracker(Protocol):
@@ -73,13 +75,14 @@ def open_trackers(
 
 
 class TensorBoard:
-    """Event files in `<run>/tensorboard`; on an object store copies of local ones, whole, with
-    every flush."""
+    """Event files in `<run>/tensorboard`; on an object store copies of local ones, whole, for it
+    has no append: those that have grown, once a minute and at the end."""
 
     def __init__(self, store: Store, *, resume_step: int) -> None:
         self._store = store
         local = is_local(store.fs)
         self._folder = store.path(_TENSORBOARD) if local else tempfile.mkdtemp()
+        self._due, self._uploaded = Throttle(_UPLOAD_S), dict[str, int]()  # file → bytes
         self._open(resume_step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -96,16 +99,21 @@ class TensorBoard:
     def flush(self) -> None:
         """The newest events may follow with the next flush: tensorboardX writes in a thread."""
         self._writer.flush()
-        self._upload()
+        if self._due.ready():
+            self._upload()
 
     def close(self) -> None:
         self._writer.close()
         self._upload()
 
     def _upload(self) -> None:
-        if not is_local(self._store.fs):
-            for file in Path(self._folder).iterdir():
+        if is_local(self._store.fs):
+            return
+        for file in Path(self._folder).iterdir():
+            size = file.stat().st_size
+            if self._uploaded.get(file.name) != size:
                 self._store.fs.put_file(str(file), self._store.path(_TENSORBOARD, file.name))
+                self._uploaded[file.name] = size
 
     def _open(self, resume_step: int) -> None:
         """A further file, from whose start TensorBoard shows nothing older after `resume_step`."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -106,6 +107,36 @@ def test_tensorboard_shows_only_what_a_rollback_and_a_resume_left(tmp_path, remo
     assert _tensorboard(store, "train/loss_dm") == {10: 10.0, 20: 0.5, 25: 2.0}
     assert _tensorboard(store, "validation/kid") == {25: 0.125}
     assert [line["step"] for line in _written(store)] == [10, 20, 25]
+
+
+def test_a_file_is_uploaded_when_it_has_grown_and_once_a_minute_at_most(tmp_path, monkeypatch):
+    now, uploads = [1000.0], []
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    fs = fsspec.filesystem("memory")
+    plain = fs.put_file
+
+    def put_file(local: str, remote: str) -> None:
+        uploads.append(Path(local).name)
+        plain(local, remote)
+
+    monkeypatch.setattr(fs, "put_file", put_file)
+    board = TensorBoard(Store(fs, f"/{tmp_path.name}/run"), resume_step=0)
+    file = Path(board._folder) / "events.of-the-test"
+    for at, content, expected in (
+        (0, b"a", 1),
+        (10, b"ab", 1),  # too soon
+        (61, b"ab", 2),
+        (122, b"ab", 2),  # nothing new
+        (183, b"abc", 3),
+        (184, b"abcd", 3),
+    ):
+        now[0] = 1000.0 + at
+        file.write_bytes(content)
+        board.flush()
+        assert uploads.count(file.name) == expected, f"after {at} s"
+    board.close()  # whatever the time
+    assert uploads.count(file.name) == 4
+    assert fs.cat_file(f"/{tmp_path.name}/run/tensorboard/{file.name}") == b"abcd"
 
 
 def test_pictures_reach_tensorboard(store):
