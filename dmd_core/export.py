@@ -62,7 +62,7 @@ def export_student(
         if teacher.encoder.class_names:
             (temporary / CLASSES).write_text(json.dumps(teacher.encoder.class_names))
         absent = [name for name in family.optional if getattr(pipeline, name, card) is None]
-        text = model_card(family, card, len(timesteps), lora is not None, absent)
+        text = model_card(family, card, teacher.size, len(timesteps), lora is not None, absent)
         (temporary / "README.md").write_text(text)
         if Path(target).exists():
             shutil.rmtree(target)

@@ -4,17 +4,20 @@ import json
 from collections.abc import Sequence
 
 from dmd_core.families import Family
-
-_PLAIN = """pipe("fox", {arguments}).images[0].save("fox.png")"""
-_CLASSES = """pipe(class_labels=3, {arguments}).images[0].save("3.png")  # the number of a class"""
-_NOTHING = """pipe({arguments}).images[0].save("picture.png")"""
+from dmd_core.plain_call import student_call
 
 
 def model_card(
-    family: Family, card: dict, steps: int, lora: bool, absent: Sequence[str] = ()
+    family: Family,
+    card: dict,
+    size: tuple[int, int],
+    steps: int,
+    lora: bool,
+    absent: Sequence[str] = (),
 ) -> str:
-    """`card`: provenance, as JSON values. `absent`: components the teacher was used without, of
-    which diffusers wants to be told."""
+    """`card`: provenance, as JSON values. `size`: height and width in pixels that the student was
+    trained at. `absent`: components the teacher was used without, of which diffusers wants to be
+    told."""
     without = "".join(f", {name}=None" for name in absent)
     title = "A one-step student" if steps == 1 else f"A {steps}-step student"
     adapters = (
@@ -39,7 +42,7 @@ Distilled from a multi-step teacher with Distribution Matching Distillation
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{without})
-{_call(family, steps)}
+{_call(family, size, steps)}
 ```
 
 {_guidance(family)}
@@ -52,15 +55,11 @@ pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{without})
 """
 
 
-def _call(family: Family, steps: int) -> str:
-    arguments = f"num_inference_steps={steps}"
+def _call(family: Family, size: tuple[int, int], steps: int) -> str:
     if family.takes("class_labels"):
-        return _CLASSES.format(arguments=arguments)
-    if family.on_pixels:
-        return _NOTHING.format(arguments=arguments)
-    # Where guidance is an input of the network, its default is what the student was trained with.
-    own = "" if family.pipeline == "FluxPipeline" else ", guidance_scale=0"
-    return _PLAIN.format(arguments=arguments + own)
+        return f'{student_call(family, 3, size, steps)}.save("3.png")  # the number of a class'
+    name, what = ("picture", None) if family.on_pixels else ("fox", "fox")
+    return f'{student_call(family, what, size, steps)}.save("{name}.png")'
 
 
 def _guidance(family: Family) -> str:

@@ -54,7 +54,7 @@ def call_in_words(
     """Python that makes a student's picture again from its noise `latents` (1,C,h,w), in plain
     diffusers, called as `call_arguments` says. `pipe` is the student's pipeline; `label` is a
     class-conditional one's; `size`: height and width in pixels."""
-    before, arguments = "", [f"latents=latents, num_inference_steps={steps}"]
+    before = ""
     if not family.takes("latents"):
         before = (
             "from diffusers import ConsistencyModelPipeline\n"
@@ -62,16 +62,27 @@ def call_in_words(
         )
     if family.pipeline == "FluxPipeline":
         before = "latents = pipe._pack_latents(latents, *latents.shape)\n"
+    what = label if family.on_pixels else prompt
+    return before + student_call(family, what, size, steps, "latents=latents")
+
+
+def student_call(
+    family: Family, what: str | int | None, size: tuple[int, int], steps: int, *given: str
+) -> str:
+    """Python for one picture of a student, `pipe`, with all its call needs: `what` is a prompt, a
+    label, or None of a model without either; `given`: more arguments."""
+    arguments = [*given, f"num_inference_steps={steps}"]
     if family.on_pixels:
-        arguments[:0] = [] if label is None else [f"class_labels=[{label}]"]
+        arguments[:0] = [] if what is None else [f"class_labels=[{what}]"]
     else:
-        arguments[:0] = [repr(prompt)]
+        # A pipeline's default is the size its teacher was made for, not the one it was used at.
+        arguments[:0] = [repr(what)]
         arguments.append(f"height={size[0]}, width={size[1]}")
     if family.takes("use_resolution_binning"):
         arguments.append("use_resolution_binning=False")
     if family.takes("guidance_scale"):
         arguments.append(f"guidance_scale={student_guidance(family):g}")
-    return f"{before}pipe({', '.join(arguments)}).images[0]"
+    return f"pipe({', '.join(arguments)}).images[0]"
 
 
 def samples_of(family: Family, pipeline: Any, shape: torch.Size, **arguments: Any) -> torch.Tensor:
