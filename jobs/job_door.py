@@ -46,9 +46,11 @@ def parse_job(verb: str, arguments: list[str], *, done: str) -> argparse.Namespa
         raise JobError(f"the job `{verb}` would not start: {last}", Exit.USAGE) from stop
 
 
-def read_job(verb: str, arguments: list[str], working_dir: str | None) -> VerbJob:
+def read_job(
+    verb: str, arguments: list[str], working_dir: str | None, *, done: str = "submitted"
+) -> VerbJob:
     """The job with its recipe loaded and, in a local `working_dir`, named by its place there."""
-    options = parse_job(verb, arguments, done="submitted")
+    options = parse_job(verb, arguments, done=done)
     config = options.config or ("emoji" if verb == "train-teacher" else "demo")
     is_file = Path(config).suffix in (".yaml", ".yml")
     sent = working_dir is not None and "://" not in working_dir

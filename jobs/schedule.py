@@ -5,7 +5,6 @@ The table of schedules is a folder or a bucket prefix; any number of `dmd schedu
 """
 
 import argparse
-import contextlib
 import os
 import re
 import time
@@ -17,9 +16,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from cluster.schedule import Entry, ScheduleError, check_entry, slots_after
 from cluster.submit import SecretError, SubmitError, job_environment, refuse_secrets
-from jobs.config import load_recipe
 from jobs.errors import Exit, JobError
-from jobs.job_door import parse_job, relative_folders
+from jobs.job_door import VerbJob, relative_folders
 from jobs.schedule_arguments import add_arguments
 from jobs.schedule_show import (
     json_event,
@@ -32,6 +30,7 @@ from jobs.schedule_show import (
 )
 from jobs.schedule_table import ScheduleTable
 from jobs.schedule_tick import POLL_S, RayJobs, pause, tick
+from jobs.submit_order import read_sent
 from pipelines.commits import StoreError, transport_errors
 from pipelines.storage import open_store
 
@@ -60,7 +59,7 @@ def plan(session: "Session") -> dict[str, Any]:
     """What `run` would do; changes nothing and asks no cluster."""
     table, arguments, now = _table(session), session.arguments, _now()
     if arguments.action == "add":
-        entry = _new_entry(arguments, table, now)
+        entry, _ = _new_entry(arguments, table, now)
         slots = islice(slots_after(entry.expression, entry.timezone, now), 3)
         times = {f"due_{index}": show_time(s, entry) for index, s in enumerate(slots, 1)}
         return {"name": entry.name, "job": show_job(entry), "store": table.store.url} | times
@@ -75,12 +74,12 @@ def plan(session: "Session") -> dict[str, Any]:
 
 def _add(session: "Session", table: ScheduleTable, arguments: argparse.Namespace) -> dict:
     now = _now()
-    entry = _new_entry(arguments, table, now)
+    entry, job = _new_entry(arguments, table, now)
     table.add(entry)
     session.display.done(f"schedule {entry.name}: {show_job(entry)}")
     session.display.say(f"  next due {show_next(entry, now)}; submitted by `dmd schedule run`, or")
     session.display.say("  by `dmd schedule tick` from cron, systemd or Kubernetes")
-    for hint in _hints(entry):
+    for hint in _hints(entry, job):
         session.display.say(f"  {hint}")
     return {"name": entry.name, "next": show_next(entry, now)}
 
@@ -186,31 +185,34 @@ def _address(arguments: argparse.Namespace) -> str | None:
     return next((address for address in given if address), None)
 
 
-def _new_entry(arguments: argparse.Namespace, table: ScheduleTable, now: datetime) -> Entry:
+def _new_entry(
+    arguments: argparse.Namespace, table: ScheduleTable, now: datetime
+) -> tuple[Entry, VerbJob]:
+    """The entry, checked as `dmd submit` checks its job, and that job."""
     verb, *rest = arguments.job
-    parse_job(verb, rest, done="scheduled")
-    name, folder = arguments.name or verb, arguments.working_dir
+    folder = arguments.working_dir
     if folder is not None and "://" not in folder:
         folder = os.path.abspath(folder)
-    entry = Entry(
-        name=name,
-        generation=1,
-        expression=" ".join(arguments.expression.split()),
-        timezone=arguments.timezone,
-        verb=verb,
-        arguments=tuple(rest),
-        created=now,
-        address=arguments.address,
-        working_dir=folder,
-        max_late_s=None if arguments.max_late is None else _seconds(arguments.max_late),
-    )
     try:
+        refuse_secrets({"job": list(rest), "address": arguments.address})
+        environment = job_environment(folder, None)
+        job, _ = read_sent(verb, rest, environment, done="scheduled")
+        entry = Entry(
+            name=arguments.name or verb,
+            generation=1,
+            expression=" ".join(arguments.expression.split()),
+            timezone=arguments.timezone,
+            verb=verb,
+            arguments=job.arguments,
+            created=now,
+            address=arguments.address,
+            working_dir=folder,
+            max_late_s=None if arguments.max_late is None else _seconds(arguments.max_late),
+        )
         check_entry(entry)
-        refuse_secrets({"job": list(rest), "address": entry.address})
-        job_environment(folder, None)
     except (ScheduleError, SecretError, SubmitError) as error:
         raise JobError(str(error), Exit.USAGE) from error
-    return replace(entry, generation=table.next_generation(name))
+    return replace(entry, generation=table.next_generation(entry.name)), job
 
 
 def _seconds(text: str) -> float:
@@ -234,14 +236,13 @@ def _key(table: ScheduleTable, name: str) -> str | None:
     return slots[0].slot.isoformat() if slots else None
 
 
-def _hints(entry: Entry) -> Iterator[str]:
+def _hints(entry: Entry, job: VerbJob) -> Iterator[str]:
     """What works here and would not on a cluster."""
-    options = parse_job(entry.verb, list(entry.arguments), done="scheduled")
-    recipe = options.config or "demo"
-    if entry.working_dir is None and recipe.endswith((".yaml", ".yml")):
+    recipe = job.options.config
+    if entry.working_dir is None and recipe and recipe.endswith((".yaml", ".yml")):
         yield f"{recipe} must be found there on the cluster; --working-dir . sends this folder"
-    with contextlib.suppress(JobError):  # a recipe that exists only there
-        yield from relative_folders(load_recipe(recipe, options.set))
+    if job.recipe is not None:
+        yield from relative_folders(job.recipe)
 
 
 if __name__ == "__main__":

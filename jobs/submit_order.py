@@ -56,17 +56,26 @@ def read_order(options: argparse.Namespace) -> Order:
         environment = job_environment(folder, runtime_env)
         if verb.startswith("-") or Path(verb).suffix in (".yaml", ".yml"):
             raise JobError(f"{verb!r} is no verb; `dmd submit` is followed by one", Exit.USAGE)
-        job = read_job(verb, rest, folder)
-        package = None
-        if folder is not None and "://" not in folder:
-            package = measure(folder, environment["excludes"])
+        job, package = read_sent(verb, rest, environment)
     except (SecretError, SubmitError) as error:
         raise JobError(str(error), Exit.USAGE) from error
-    if package is not None:
-        _refuse_left_out(job, package)
     digest = _digest(job, runtime_env)
     identity = options.id or f"{verb}-{digest[:_DIGEST]}"
     return Order(job, identity, digest, folder, package, runtime_env)
+
+
+def read_sent(
+    verb: str, arguments: list[str], environment: dict[str, Any], *, done: str = "submitted"
+) -> tuple[VerbJob, Package | None]:
+    """The job, and what a local working directory of the `environment` weighs: all that the job
+    reads by a relative path is in it. Raises `JobError`, and `SubmitError` for too much."""
+    folder = environment.get("working_dir")
+    job = read_job(verb, arguments, folder, done=done)
+    if folder is None or "://" in folder:
+        return job, None
+    package = measure(folder, environment["excludes"])
+    _refuse_left_out(job, package)
+    return job, package
 
 
 def _own(rest: list[str]) -> list[str]:

@@ -272,6 +272,45 @@ def test_what_could_never_run_is_refused_at_the_door(world, arguments, named):
     assert "no schedules" in world.dmd("list")[2]
 
 
+@pytest.mark.parametrize(
+    ("job", "named"),
+    [
+        (["pairs", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["pairs", "--config", "mine/wrong.yaml"], "did you mean pairs.steps?"),
+        (["pairs", "--config", "mine/my.yaml", "--set", "pairs.step=7"], "pairs.steps?"),
+        (["pairs", "--config", "out.yaml"], "outside the working directory"),
+        (["pairs", "--config", "mine/my.yaml", "--set", "pairs.prompts=list.parquet"], "travel"),
+    ],
+)
+def test_what_a_sent_folder_lacks_is_refused_at_the_door(world, tmp_path, job, named):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "my.yaml").write_text("run: {dir: s3://bucket/run}\n")
+    (folder / "wrong.yaml").write_text("pairs: {step: 7}\n")
+    (folder / "list.parquet").write_bytes(b"PAR1")
+    (tmp_path / "out.yaml").write_text("{}\n")
+    code, _, said = world.dmd("add", "0 3 * * *", "--working-dir", "mine", "--", *job)
+    assert code == Exit.USAGE and said.startswith("error: ") and named in said
+    assert "no schedules" in world.dmd("list")[2]
+
+
+def test_a_recipe_is_registered_by_its_place_in_the_sent_folder(world, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "my.yaml").write_text("run: {dir: s3://bucket/run}\n")
+    job = ("pairs", "--config", "mine/my.yaml", "--set", "pairs.steps=7")
+    code, _, _ = world.dmd("add", "0 * * * *", "--working-dir", "mine", "--", *job)
+    world.now = hour(1)
+    world.dmd("tick")
+    assert code == Exit.OK
+    assert world.jobs.submitted == [["pairs", "--config", "my.yaml", "--set", "pairs.steps=7"]]
+
+
+def test_a_recipe_that_is_here_is_read_though_it_is_not_sent(world, tmp_path):
+    (tmp_path / "wrong.yaml").write_text("pairs: {step: 7}\n")
+    code, _, said = world.dmd("add", "0 3 * * *", "--", "pairs", "--config", "wrong.yaml")
+    assert code == Exit.USAGE and "did you mean pairs.steps?" in said
+
+
 def test_what_works_only_on_this_machine_is_pointed_out(world):
     _, _, said = world.dmd("add", "0 3 * * *", "--name", "a", "--", "pairs", "--config", "my.yaml")
     assert "my.yaml must be found there" in said
