@@ -14,9 +14,10 @@ import fsspec
 import numpy as np
 import pytest
 
+from pipelines import progress
 from pipelines.metrics_log import MetricsLog
 from pipelines.storage import Store, open_store
-from pipelines.trackers import check_trackers, open_trackers, tracker_names
+from pipelines.trackers import TensorBoard, check_trackers, open_trackers, tracker_names
 
 
 @pytest.fixture
