@@ -45,6 +45,8 @@ def call_arguments(
         latents = {"latents": FluxPipeline._pack_latents(eps, *eps.shape)}
     if family.takes("use_resolution_binning"):
         latents["use_resolution_binning"] = False  # it would round height and width
+    if family.takes("clean_caption"):
+        latents["clean_caption"] = False  # where bs4 and ftfy are installed, it edits the prompt
     return latents | {"prompt": list(prompts), "height": size[0], "width": size[1]}
 
 
@@ -80,6 +82,8 @@ def student_call(
         arguments.append(f"height={size[0]}, width={size[1]}")
     if family.takes("use_resolution_binning"):
         arguments.append("use_resolution_binning=False")
+    if family.takes("clean_caption"):
+        arguments.append("clean_caption=False")
     if family.takes("guidance_scale"):
         arguments.append(f"guidance_scale={student_guidance(family):g}")
     return f"pipe({', '.join(arguments)}).images[0]"

@@ -108,7 +108,7 @@ def _flux(encoder: PromptEncoder, prompts: list[str], size: Size) -> Condition:
 
 def _pixart(encoder: PromptEncoder, prompts: list[str], size: Size) -> Condition:
     text, mask, _, _ = encoder.pipeline.encode_prompt(
-        prompts, do_classifier_free_guidance=False, device=encoder.device
+        prompts, do_classifier_free_guidance=False, device=encoder.device, clean_caption=False
     )
     return Condition(text=text, mask=mask)
 
