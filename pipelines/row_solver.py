@@ -34,8 +34,6 @@ _DEVICE_TEXTS = (
     "STATUS_EXECUTION_FAILED",
 )
 _REASON_CHARACTERS = 500
-# What is solved to tell a broken teacher from bad rows: every text encoder takes it.
-_PLAIN_PROMPT = ""
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,9 @@ class RowSolver:
     - An error that leaves the device unusable is passed on as it is: a new process is needed.
     - No usable row among as many in succession as fill two batches: bad rows alone, as when only
       rejected rows are tried again, or a broken teacher or device, which would reject everything
-      that is left. The empty prompt decides. If it is solved, the rows are at fault and the work
-      goes on; if not, `TeacherError`. Fewer rows than two batches never end a run.
+      that is left. `probe` decides, a prompt that the teacher takes if it takes any. If it is
+      solved, the rows are at fault and the work goes on; if not, `TeacherError`. Fewer rows than
+      two batches never end a run.
     """
 
     def __init__(
@@ -94,12 +93,14 @@ class RowSolver:
         batch_size: int,
         attempts: int,
         dtype: torch.dtype,
+        probe: str = "",
         release: Callable[[], None] | None = None,
     ) -> None:
         self._solve = solve
         self._size = batch_size
         self._attempts = attempts
         self._dtype = dtype
+        self._probe = probe
         self._release = release or release_memory
         self._patience = 2 * batch_size
         self._failed_in_a_row = 0
@@ -123,11 +124,12 @@ class RowSolver:
         return solved
 
     def _check_teacher(self, noise: torch.Tensor, last: RowFault) -> None:
-        plain = self._sort_out(_Rows(noise, (_PLAIN_PROMPT,), (None,)))
+        plain = self._sort_out(_Rows(noise, (self._probe,), (None,)))
         if plain.faults:
+            probe = f"the prompt {self._probe!r}" if self._probe else "the empty prompt"
             raise TeacherError(
                 f"none of {self._failed_in_a_row} rows in succession could be solved, nor could "
-                f"the empty prompt: {plain.faults[0].reason} (the last row: {last.reason}). "
+                f"{probe}: {plain.faults[0].reason} (the last row: {last.reason}). "
                 "The teacher, its settings or the device is at fault, not the rows"
             )
         self._failed_in_a_row = 0

@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from dmd_core.noise import sample_noise
-from dmd_core.teacher import TeacherError, load_teacher
+from dmd_core.teacher import Teacher, TeacherError, load_teacher
 from dmd_core.types import PairBatch
 from pipelines.config import PairsSection, StorageSection
 from pipelines.pairs import Fingerprint, encode_pairs
@@ -67,6 +67,7 @@ class TeacherActor:
             batch_size=section.batch_size,
             attempts=section.attempts,
             dtype=self._dtype,
+            probe=_probe(self._teacher),
         )
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -119,3 +120,10 @@ class TeacherActor:
             ],
             compute_dtype=getattr(torch, section.compute_dtype),
         )
+
+
+def _probe(teacher: Teacher) -> str:
+    """A prompt that the teacher takes if it takes any: a class-conditional one may know no "no
+    class", which the empty prompt stands for; every text encoder takes that."""
+    on_pixels, pipeline = teacher.family.on_pixels, teacher.pipeline
+    return "0" if on_pixels and pipeline.unet.config.num_class_embeds is not None else ""

@@ -275,3 +275,24 @@ def test_the_revision_is_of_what_is_read_and_of_nothing_beside_it(tiny_teacher_d
     config = copy / "unet" / "config.json"
     config.write_text(config.read_text() + " ")
     assert teacher_revision(str(copy)) != teacher_revision(tiny_teacher_dir)
+
+
+@pytest.mark.parametrize("family", ["ddpm", "edm", "unconditional", "sd"])
+def test_bad_rows_alone_end_no_run_of_any_kind_of_teacher(
+    make_actor, families, monkeypatch, family
+):
+    """Two batches that are all rejected: "ddpm" has three classes and no label for "no class"."""
+    solve = Teacher.solve
+
+    def refusing(self, eps, prompts, **options):
+        if "ship 9" in prompts:
+            raise IndexError("'ship 9' is not a class of the teacher")
+        return solve(self, eps, prompts, **options)
+
+    monkeypatch.setattr(Teacher, "solve", refusing)
+    solver = "edm_heun" if family == "edm" else "ddim"
+    section = SECTION.model_copy(update={"solver": solver, "guidance_scale": 1.0})
+    actor = make_actor(section, teacher_url=families.folder(family))
+    for _ in range(2):
+        assert len(actor(rows(4, ["ship 9"] * 4))) == 0
+    assert len(actor(rows(4, ["0"] * 4))) == 4
