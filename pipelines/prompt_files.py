@@ -21,7 +21,7 @@ from fsspec import AbstractFileSystem
 from dmd_core.files import is_local
 from pipelines.config import StorageSection
 from pipelines.prompt_rows import BadCellError, PromptRow, checked_row, class_label
-from pipelines.storage import open_store
+from pipelines.storage import no_answer, open_store
 
 _LABEL = "class_label"  # read in place of a prompt column that is not there
 _OPTIONAL = ("negative_prompt", "height", "width")
@@ -199,6 +199,8 @@ def _from_parquet(file: PromptFile, column: str) -> Iterator[tuple[int, _Cells]]
                     number += 1
                     yield number, _Cells("" if cells[0] is None else cells[0], *cells[1:])
     except (pa.ArrowException, OSError) as error:
+        if isinstance(error, PermissionError) or no_answer(error):
+            raise  # the store's answer says nothing about the file
         raise PromptError(f"{file.name}: not a Parquet file: {error}") from error
 
 

@@ -12,6 +12,8 @@ from pipelines import prompt_files
 from pipelines.prompt_files import PromptError, PromptSource, hash_file, list_files, read_rows
 from pipelines.prompt_rows import BadCellError, PromptRow, checked_row
 from pipelines.prompts import read_prompts
+from pipelines.storage import no_answer
+from tests.fault_proxy import Fault, FaultProxy
 
 
 def rows_of(path, column="prompt"):
@@ -334,3 +336,34 @@ def test_files_on_s3_are_found_by_glob(s3_store, s3_options, tmp_path, monkeypat
         read_prompts("s3://there-is-no-such-bucket/*.txt", s3_options)
     with pytest.raises(PromptError, match="is a folder"):
         read_prompts(f"{s3_store.url}/b", s3_options)
+
+
+def test_a_store_that_does_not_answer_is_no_bad_file(s3_store, monkeypatch, tmp_path):
+    path = parquet(tmp_path / "list.parquet", prompt=["fox"])
+    s3_store.fs.put_file(str(path), s3_store.path("list.parquet"))
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with FaultProxy(s3_store.fs.endpoint_url) as proxy:
+        (file,) = list_files(f"{s3_store.url}/list.parquet", proxy.options)
+        file.fs.retries = 1
+        proxy.inject(Fault.SLOW_DOWN, method="GET", times=1000)
+        with pytest.raises(OSError) as caught:
+            list(read_rows(file, "prompt"))
+        assert proxy.hits and no_answer(caught.value)
+
+
+def test_a_store_that_refuses_is_no_bad_file(monkeypatch, tmp_path):
+    (file,) = list_files(str(parquet(tmp_path / "list.parquet", prompt=["fox"])), None)
+
+    def refuse(*arguments, **options):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(LocalFileSystem, "open", refuse)
+    with pytest.raises(PermissionError, match="Access Denied"):
+        list(read_rows(file, "prompt"))
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    path = parquet(tmp_path / "list.parquet", prompt=["fox"])
+    path.write_bytes(path.read_bytes()[:-6] + b"??PAR1")
+    with pytest.raises(PromptError, match=r"list\.parquet: not a Parquet file"):
+        read_prompts(str(path))
