@@ -28,6 +28,7 @@ from dmd_core.families import (
     TeacherError,
     check_parts,
     family_of,
+    folder_geometry,
     left_out,
     part_config,
 )
@@ -36,7 +37,10 @@ from dmd_core.ode import integrate, make_scheduler, step_grid
 from dmd_core.prompt_encoding import PromptEncoder
 from dmd_core.schedule import Schedule
 
-__all__ = ["Teacher", "TeacherError", "check_teacher", "load_teacher", "teacher_revision"]
+__all__ = [
+    "Teacher", "TeacherError", "check_teacher", "folder_schedule", "folder_scheduler",
+    "load_teacher", "teacher_revision",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -241,6 +245,22 @@ def class_names(path: str) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise TeacherError(f"{file} is not a list of names; expected one for every class, in order")
     return tuple(names)
+
+
+def folder_scheduler(path: str | Path) -> Any:
+    """A teacher's scheduler, without its weights. Raises `TeacherError`."""
+    config = part_config(path, "scheduler")
+    scheduler = getattr(diffusers, str(config.get("_class_name")), None)
+    if scheduler is None:
+        raise TeacherError(f"{path}/scheduler is a {config.get('_class_name')}, not of diffusers")
+    return scheduler.from_config(config)
+
+
+def folder_schedule(path: str | Path) -> Schedule:
+    """A teacher's noise schedule at its own size, without its weights. Raises ValueError."""
+    own = folder_geometry(path)
+    tokens = own.image_tokens(own.shape())
+    return Schedule.from_scheduler(folder_scheduler(path), image_tokens=tokens)
 
 
 def check_teacher(path: str) -> None:

@@ -1,6 +1,7 @@
 """`dmd doctor` on the work itself: teacher, prompts, memory of the networks, the label."""
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -12,11 +13,12 @@ import torch
 from dmd_core.latents import geometry
 from dmd_core.pass_memory import PassMemory, UnknownNetworkError, pass_memory
 from dmd_core.prediction_check import UNTRAINED, check_prediction, has_readings
-from dmd_core.teacher import load_teacher
+from dmd_core.teacher import folder_schedule, load_teacher
 from jobs.doctor_checks import Check, one_line
 from jobs.plans import size_in_words
 from jobs.session import Session
 from jobs.teacher_here import pair_source
+from pipelines.config import PairsSection
 from pipelines.memory_plan import (
     GIB,
     GPUS,
@@ -28,11 +30,11 @@ from pipelines.memory_plan import (
     sampling_memory,
     training_memory,
 )
-from pipelines.prompt_files import PromptError, list_files, read_rows
+from pipelines.prompt_files import PromptError, PromptFile, list_files, read_rows
 from pipelines.train_config import TrainSection
 from pipelines.weights import Weights, denoiser_of, pipeline_weights
 
-_ROWS = 1000  # of the first prompt file that are read
+_ROWS = 1000  # of the first prompt file with any that are read
 _LARGE = 100_000_000  # parameters; a few evaluations of more take minutes without a GPU
 
 
@@ -40,14 +42,25 @@ def prompts(session: Session) -> Check:
     section = session.recipe.pairs
     try:
         files = list_files(pair_source(section), session.recipe.storage)
-        rows = sum(1 for _ in islice(read_rows(files[0], section.prompt_column), _ROWS))
+        first = _first_file(section, files)
     except (PromptError, OSError) as error:
         return Check("prompts", "fail", one_line(error), "correct pairs.prompts")
-    if not rows:
-        return Check("prompts", "fail", f"{files[0].name}: no prompts", "correct pairs.prompts")
+    if first is None:
+        names = ", ".join(file.name for file in files[:3])
+        return Check("prompts", "fail", f"{names}: no prompts", "correct pairs.prompts")
+    name, rows = first
     more = " or more" if rows == _ROWS else ""
-    found = f"{len(files)} files; {rows}{more} rows in {files[0].name}"
-    return Check("prompts", "ok", found)
+    return Check("prompts", "ok", f"{len(files)} files; {rows}{more} rows in {name}")
+
+
+def _first_file(section: PairsSection, files: Sequence[PromptFile]) -> tuple[str, int] | None:
+    """Name of the first file that is not empty, and its rows, of which no more than `_ROWS` are
+    read."""
+    for file in files:
+        rows = sum(1 for _ in islice(read_rows(file, section.prompt_column), _ROWS))
+        if rows:
+            return file.name, rows
+    return None
 
 
 class TeacherChecks:
@@ -150,14 +163,23 @@ class TeacherChecks:
     def label(self, *, deep: bool) -> Check:
         """Does the network predict what the scheduler's prediction_type says?"""
         name, on_gpu = "prediction type", torch.cuda.is_available()
-        size = self._denoiser.parameters
-        if size > _LARGE and not on_gpu and not deep:
-            found = f"{size / 1e6:.0f} M parameters and no GPU: minutes of work"
-            return Check(name, "skip", found, "--deep asks the network all the same")
-        teacher = load_teacher(str(self._folder), device="cuda" if on_gpu else "cpu")
-        if not has_readings(teacher.schedule):
-            found = f"{teacher.schedule.prediction_type}: cannot be read otherwise"
-            return Check(name, "ok", found)
+        try:
+            schedule = folder_schedule(self._folder)
+            if not has_readings(schedule):
+                return Check(name, "ok", f"{schedule.prediction_type}: cannot be read otherwise")
+            size = self._denoiser.parameters
+            if size > _LARGE and not on_gpu and not deep:
+                found = f"{size / 1e6:.0f} M parameters and no GPU: minutes of work"
+                return Check(name, "skip", found, "--deep asks the network all the same")
+            return self._asked(name, "cuda" if on_gpu else "cpu")
+        except ValueError as error:  # TeacherError is one
+            return Check(name, "fail", one_line(error), "correct teacher.path")
+        except torch.OutOfMemoryError as error:
+            advice = "the networks in float32 are too large for this GPU; see memory: teachers here"
+            return Check(name, "warn", f"not asked: {one_line(error)}", advice)
+
+    def _asked(self, name: str, device: str) -> Check:
+        teacher = load_teacher(str(self._folder), device=device)
         verdict = check_prediction(teacher, self._some_prompts())
         errors = ", ".join(f"{key} {value:.2f}" for key, value in verdict.errors.items())
         found = f"labelled {verdict.labelled}; error under each reading: {errors}"
@@ -173,8 +195,9 @@ class TeacherChecks:
 
     def _some_prompts(self) -> list[str]:
         section = self._session.recipe.pairs
-        file = list_files(pair_source(section), self._session.recipe.storage)[0]
-        return [row.prompt for row in islice(read_rows(file, section.prompt_column), 8)]
+        files = list_files(pair_source(section), self._session.recipe.storage)
+        rows = (row for file in files for row in read_rows(file, section.prompt_column))
+        return [row.prompt for row in islice(rows, 8)]
 
 
 def teacher_checks(session: Session, *, deep: bool) -> tuple[list[Check], int]:

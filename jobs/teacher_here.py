@@ -74,7 +74,8 @@ def pair_source(section: PairsSection) -> PromptSource:
 def first_prompt(session: Session) -> str:
     """Of the recipe's list; for a class-conditional teacher it names a class."""
     section = session.recipe.pairs
-    file = list_files(pair_source(section), session.recipe.storage)[0]
-    for row in read_rows(file, section.prompt_column):
-        return row.prompt
-    raise PromptError(f"{file.name}: no prompts in it")
+    files = list_files(pair_source(section), session.recipe.storage)
+    for file in files:
+        for row in read_rows(file, section.prompt_column):
+            return row.prompt
+    raise PromptError(f"{', '.join(file.name for file in files)}: no prompts in them")

@@ -1,7 +1,6 @@
 """Fail at the door: does the recipe fit the teacher and the pairs? Before any worker starts."""
 
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -14,7 +13,7 @@ from dmd_core.losses import REGRESSION_LOSSES
 from dmd_core.perceptual import load_perceptual
 from dmd_core.precision import PrecisionPolicy
 from dmd_core.schedule import Schedule
-from dmd_core.teacher import class_names, teacher_revision
+from dmd_core.teacher import class_names, folder_scheduler, teacher_revision
 from jobs.errors import Exit, JobError
 from jobs.session import Session
 from pipelines.manifest import load_manifest
@@ -30,7 +29,11 @@ def check_training(session: Session, pins: Pins) -> dict[str, str]:
     section = session.recipe.train
     check_trackers(section.report_to)
     folder, pairs = Path(session.teacher_dir), session.recipe.pairs
-    scheduler, family, geometry = _scheduler(folder), family_of(folder), folder_geometry(folder)
+    scheduler, family, geometry = (
+        folder_scheduler(folder),
+        family_of(folder),
+        folder_geometry(folder),
+    )
     try:
         tokens = geometry.image_tokens(geometry.shape(pairs.height, pairs.width))
         schedule = Schedule.from_scheduler(scheduler, image_tokens=tokens)
@@ -92,12 +95,3 @@ def _check_pairs(session: Session, pins: Pins, teacher: Path) -> None:
         misfit = fit.misfit(root, load_manifest(root, version))
         if misfit:
             raise JobError(f"{root.url} version {version} {misfit}", Exit.REFUSED)
-
-
-def _scheduler(teacher: Path) -> Any:
-    """The teacher's scheduler, without its weights."""
-    config = part_config(teacher, "scheduler")
-    scheduler = getattr(diffusers, str(config.get("_class_name")), None)
-    if scheduler is None:
-        raise JobError(f"{teacher}/scheduler is a {config.get('_class_name')}, not of diffusers")
-    return scheduler.from_config(config)
