@@ -29,10 +29,10 @@ from jobs.schedule_show import (
     show_time,
 )
 from jobs.schedule_table import ScheduleTable
-from jobs.schedule_tick import POLL_S, RayJobs, pause, tick
+from jobs.schedule_tick import POLL_S, Problem, RayJobs, pause, tick
 from jobs.submit_order import read_sent
 from pipelines.commits import StoreError, transport_errors
-from pipelines.storage import open_store
+from pipelines.storage import no_answer, open_store
 
 if TYPE_CHECKING:
     from jobs.session import Session
@@ -52,7 +52,8 @@ def run(session: "Session") -> dict[str, Any]:
     try:
         return _ACTIONS[arguments.action](session, table, arguments)
     except transport_errors(table.store.fs) as error:
-        raise JobError(f"{table.store.url}: {error}", Exit.TRANSIENT) from error
+        code = Exit.TRANSIENT if no_answer(error) else Exit.REFUSED
+        raise JobError(f"{table.store.url}: {error}", code) from error
 
 
 def plan(session: "Session") -> dict[str, Any]:
@@ -123,12 +124,14 @@ def _tick(session: "Session", table: ScheduleTable, arguments: argparse.Namespac
     events, problems = tick(table, RayJobs(_address(arguments)), _now())
     for event in events:
         session.display.say(show_event(event))
-    if problems:
-        raise JobError("; ".join(problems), Exit.REFUSED)
-    waiting = [event for event in events if event.outcome in ("waiting", "failed")]
-    if waiting:
-        code = Exit.REFUSED if waiting[0].outcome == "failed" else Exit.TRANSIENT
-        raise JobError(f"{len(waiting)} of {len(events)} due slots were not submitted", code)
+    wrong = [problem.text for problem in problems]
+    left = [event for event in events if event.outcome in ("waiting", "failed")]
+    if left:
+        wrong.append(f"{len(left)} of {len(events)} due slots were not submitted")
+    if wrong:
+        failed = any(event.outcome == "failed" for event in left)
+        again = not failed and all(problem.transient for problem in problems)
+        raise JobError("; ".join(wrong), Exit.TRANSIENT if again else Exit.REFUSED)
     return {"events": [json_event(event) for event in events]}
 
 
@@ -143,9 +146,11 @@ def _stay(session: "Session", table: ScheduleTable, arguments: argparse.Namespac
             events, problems = tick(table, client, now)
             wait = pause(table, now)
         except (StoreError, *transport_errors(table.store.fs)) as error:
-            events, problems, wait = [], [f"{table.store.url}: {error}"], POLL_S
+            events, problems, wait = [], [Problem(f"{table.store.url}: {error}")], POLL_S
         lines = {event.name: show_event(event) for event in events}
-        lines |= {"": f"error: {'; '.join(problems)}"} if problems else {}
+        lines |= (
+            {"": f"error: {'; '.join(problem.text for problem in problems)}"} if problems else {}
+        )
         for source, line in lines.items():
             if said.get(source) != line:
                 session.display.say(line)

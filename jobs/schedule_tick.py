@@ -2,6 +2,7 @@
 
 import os
 import socket
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -10,6 +11,7 @@ from cluster.scheduler import Event, tick_entry
 from cluster.submit import SubmitError, job_status, submit_job
 from jobs.schedule_table import ScheduleTable
 from pipelines.commits import StoreError, transport_errors
+from pipelines.storage import no_answer
 
 POLL_S = 30.0  # how soon a standing scheduler sees an entry that somebody adds
 
@@ -41,23 +43,31 @@ class RayJobs:
         return address
 
 
-def tick(table: ScheduleTable, client: Any, now: datetime) -> tuple[list[Event], list[str]]:
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a single entry. `transient`: the next tick may do better."""
+
+    text: str
+    transient: bool = False
+
+
+def tick(table: ScheduleTable, client: Any, now: datetime) -> tuple[list[Event], list[Problem]]:
     """(what was done, what is wrong with single entries): one entry never holds up another."""
     by = f"{socket.gethostname()}:{os.getpid()}"
     events, problems = [], []
     for entry in table.live():
         if isinstance(entry, ScheduleError):
-            problems.append(str(entry))
+            problems.append(Problem(str(entry)))
             continue
         if entry.address is None and getattr(client, "address", "") is None:
-            problems.append(f"schedule {entry.name}: {NO_ADDRESS}")  # and claim nothing
+            problems.append(Problem(f"schedule {entry.name}: {NO_ADDRESS}"))  # and claim nothing
             continue
         try:
             event = tick_entry(entry, table, client, now=now, by=by)
             if event is not None:
                 table.prune(entry.name)
         except (ScheduleError, StoreError, *transport_errors(table.store.fs)) as error:
-            problems.append(f"schedule {entry.name}: {error}")
+            problems.append(Problem(f"schedule {entry.name}: {error}", no_answer(error)))
             continue
         if event is not None:
             events.append(event)

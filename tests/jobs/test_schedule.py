@@ -18,6 +18,7 @@ from jobs.errors import Exit
 from jobs.schedule_table import ScheduleTable
 from jobs.schedule_tick import tick
 from pipelines.storage import open_store
+from tests.fault_proxy import Fault, FaultProxy
 
 START = datetime(2026, 3, 1, 0, 30, tzinfo=UTC)
 
@@ -188,7 +189,7 @@ def test_a_damaged_entry_is_named_and_holds_up_no_other(table):
     jobs = Jobs()
     events, problems = tick(table, jobs, hour(1))
     assert [event.name for event in events] == ["good"]
-    assert len(problems) == 1 and "bad.000001.json" in problems[0]
+    assert len(problems) == 1 and "bad.000001.json" in problems[0].text
 
 
 def test_a_store_that_overwrites_is_refused(s3_store, monkeypatch):
@@ -352,6 +353,49 @@ def test_a_tick_that_could_not_submit_says_so_by_its_exit_code(world):
     world.jobs.down = False
     world.now += timedelta(minutes=2)
     assert world.dmd("tick")[0] == Exit.OK and len(world.jobs.submitted) == 1
+
+
+def test_any_slot_that_failed_for_good_decides_the_exit_code(world, monkeypatch):
+    """Whatever the first of them waits for."""
+    for name in ("a", "b"):
+        world.dmd("add", "0 * * * *", "--name", name, "--", "pairs")
+    world.now = hour(1)
+
+    def submit(entry: Entry, job: Job) -> bool:
+        raise SubmitError(f"no {entry.name}", transient=entry.name == "a")
+
+    monkeypatch.setattr(world.jobs, "submit", submit)
+    code, _, said = world.dmd("tick")
+    assert code == Exit.REFUSED and "2 of 2 due slots" in said
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_store_that_does_not_answer_is_worth_another_tick(
+    world, s3_store, s3_options, monkeypatch, everywhere
+):
+    """For all of the table, and for one entry of it."""
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with FaultProxy(s3_store.fs.endpoint_url) as proxy:
+        store = ["--store", s3_store.url, "--set", f"storage.endpoint_url={proxy.url}"]
+        assert main(["schedule", "add", *store, "0 * * * *", "--", "pairs"]) == Exit.OK
+        monkeypatch.setattr(open_store(s3_store.url, proxy.options).fs, "retries", 1)
+        world.now = hour(1)
+        proxy.inject(Fault.SLOW_DOWN, path="" if everywhere else "slots/", times=1000)
+        assert main(["schedule", "tick", *store]) == Exit.TRANSIENT
+        assert proxy.hits
+        proxy.clear()
+        assert main(["schedule", "tick", *store]) == Exit.OK and len(world.jobs.submitted) == 1
+
+
+def test_a_store_that_refuses_is_not_tried_again(world, monkeypatch):
+    world.dmd("add", "0 * * * *", "--", "pairs")
+
+    def refuse(table):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(ScheduleTable, "live", refuse)
+    code, _, said = world.dmd("tick")
+    assert code == Exit.REFUSED and "Access Denied" in said
 
 
 def test_the_embedded_loop_goes_on_after_a_restart_and_repeats_no_line(world, monkeypatch):
