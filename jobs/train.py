@@ -18,6 +18,7 @@ from pipelines.health_record import read_events
 from pipelines.lease import Lease, hold_lease
 from pipelines.manifest import ManifestError
 from pipelines.pins import Pins
+from pipelines.run_end import why_early
 from pipelines.run_folder import CHECKPOINTS
 
 __all__ = ["add_arguments", "plan", "run"]
@@ -58,7 +59,9 @@ def run(session: Session) -> dict[str, Any]:
             if done is None:
                 return _go_on(session, lease)
     _settle_evaluations(session)
-    session.display.done(f"train: nothing to do, step {done['step']} is reached")
+    session.display.done(
+        f"train: nothing to do, step {done['step']} is reached{_early(session, done)}"
+    )
     return _result(done, trained=False)
 
 
@@ -75,7 +78,7 @@ def _go_on(session: Session, lease: Lease) -> dict[str, Any]:
     _settle_evaluations(session)
     done = newest_state(session, saved_steps(session))
     _say_health(session)
-    session.display.done(f"train: {done['step']} steps, {session.store.url}")
+    session.display.done(f"train: {done['step']} steps{_early(session, done)}, {session.store.url}")
     result = _result(done, trained=True)
     if pin is not None:
         session.display.say(
@@ -202,6 +205,11 @@ def _result(state: dict[str, Any], *, trained: bool) -> dict[str, Any]:
         "pairs_digest": state["pairs_digest"],
         "pairs_versions": sorted({segment["version"] for segment in state["pairs_segments"]}),
     }
+
+
+def _early(session: Session, state: dict[str, Any]) -> str:
+    why = why_early(state, session.recipe.train)
+    return f", ended early: {why}" if why else ""
 
 
 def _listed(versions: list[int]) -> str:

@@ -4,6 +4,7 @@ from typing import Any
 
 from dmd_core.checkpoint import committed_steps, read_state
 from jobs.session import Session
+from pipelines.run_end import is_finished
 from pipelines.run_folder import CHECKPOINTS
 
 
@@ -12,14 +13,12 @@ def saved_steps(session: Session) -> list[int]:
 
 
 def finished_state(session: Session, steps: list[int]) -> dict[str, Any] | None:
-    """The last checkpoint's state of a run that has reached the end of its plan; None: there is
-    work to do. `steps`: those that have a checkpoint."""
+    """The last checkpoint's state of a run that has come to its end; None: there is work to do.
+    `steps`: those that have a checkpoint."""
     if not steps:
         return None
     state = newest_state(session, steps)
-    total = session.recipe.train.total_steps
-    finished = state["finished"] and state["total_steps"] == total
-    return state if finished or steps[-1] >= total else None
+    return state if is_finished(state, session.recipe.train) else None
 
 
 def newest_state(session: Session, steps: list[int]) -> dict[str, Any]:

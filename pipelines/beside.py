@@ -24,12 +24,12 @@ from dmd_core.files import join, store_errors
 from pipelines.beside_results import (
     Evaluated,
     drop_results_after,
-    early_stop,
     kept_steps,
     pending_evaluations,
     read_results,
     update_best,
     waiting_steps,
+    without_gain,
     write_result,
 )
 from pipelines.beside_settings import EvaluationSection
@@ -54,12 +54,13 @@ class News:
 
 @dataclass(frozen=True)
 class _Decision:
-    """Of rank 0. `ready`: to be reported now; `lost`: will have no result; `done`: have one."""
+    """Of rank 0. `ready`: to be reported now; `lost`: will have no result; `done`: have one;
+    `without_gain`: so many evaluations since the best one."""
 
     ready: tuple[int, ...] = ()
     lost: tuple[int, ...] = ()
     done: tuple[Evaluated, ...] = ()
-    stop: bool = False
+    without_gain: int = 0
 
 
 class Beside:
@@ -83,7 +84,7 @@ class Beside:
         self._begun: list[int] = []  # saved, or being saved; not reported yet
         self._running: list[int] = []  # reported, without a result yet
         self._known: list[Evaluated] = []  # on rank 0: read already
-        self._stop = False
+        self.without_gain = 0  # so many evaluations since the best one; the same on every worker
 
     def wanted(self, step: int, *, finished: bool = False) -> bool:
         """Is the checkpoint of this step to be evaluated? `finished`: it ends the run."""
@@ -95,7 +96,7 @@ class Beside:
         if not self._section.steps:
             return
         found = self._resumed(step, finished) if self._rank == 0 else None
-        self._begun, self._stop = self._share(found)
+        self._begun, self.without_gain = self._share(found)
         self._running = []
 
     def saving(self, step: int, *, finished: bool = False) -> None:
@@ -109,7 +110,7 @@ class Beside:
         Costs nothing when none is outstanding.
         """
         if not self._begun and not self._running:
-            return News(stop=self._stop)
+            return News(stop=self.stop())
         decision: _Decision = self._share(self._decide() if self._rank == 0 else None)
         for step in decision.ready:
             self._report(step)
@@ -117,12 +118,13 @@ class Beside:
         begun = {*decision.ready, *over}
         self._running = [s for s in (*self._running, *decision.ready) if s not in over]
         self._begun = [step for step in self._begun if step not in begun]
-        self._stop = decision.stop
-        return News(decision.done, decision.stop)
+        self.without_gain = decision.without_gain
+        return News(decision.done, self.stop())
 
     def stop(self) -> bool:
         """Should the training end, by `patience`? The same on every worker."""
-        return self._stop
+        patience = self._section.patience
+        return patience is not None and self.without_gain >= patience
 
     def results(self) -> list[Evaluated]:
         return read_results(self._store, self._inputs)
@@ -138,7 +140,7 @@ class Beside:
 
     # ------------------------------------------------------------------ on rank 0
 
-    def _resumed(self, step: int, finished: bool) -> tuple[list[int], bool]:
+    def _resumed(self, step: int, finished: bool) -> tuple[list[int], int]:
         store, section, inputs = self._store, self._section, self._inputs
         drop_results_after(store, step)
         self._known = []
@@ -146,7 +148,7 @@ class Beside:
         committed = committed_steps(store.fs, store.path(CHECKPOINTS))
         until = [found for found in committed if found <= step]
         due = pending_evaluations(store, until, section, inputs, finished=finished)
-        return due, early_stop(self.results(), section.metric, section.patience)
+        return due, without_gain(self.results(), section.metric)
 
     def _decide(self) -> _Decision:
         """A store that does not answer is asked again the next time."""
@@ -156,7 +158,7 @@ class Beside:
             self._known = read_results(store, self._inputs, self._known)
         except store_errors() as error:
             _logger.warning("evaluation beside the training: %s", error)
-            return _Decision(stop=self._stop)
+            return _Decision(without_gain=self.without_gain)
         done = tuple(found for found in self._known if found.step in self._running)
         for found in done:
             if found.error:
@@ -170,7 +172,7 @@ class Beside:
                 if step not in committed and step not in over
             ),
             done,
-            early_stop(self._known, section.metric, section.patience),
+            without_gain(self._known, section.metric),
         )
 
     def _report(self, step: int) -> None:

@@ -65,12 +65,14 @@ def early_stop(
     By the plain value: with confidence intervals in its place, many small gains would count as
     none. An evaluation that failed says nothing; one without a finite value is no gain.
     """
+    return patience is not None and without_gain(results, metric) >= patience
+
+
+def without_gain(results: Iterable[Evaluated], metric: EvaluationMetric) -> int:
+    """How many evaluations came after the best one; see `early_stop`."""
     results = [found for found in results if not found.error]
-    if patience is None or not results:
-        return False
     step = best(results, metric)
-    since = [found for found in results if step is None or found.step > step]
-    return len(since) >= patience
+    return sum(step is None or found.step > step for found in results)
 
 
 def kept_steps(

@@ -30,6 +30,7 @@ from pipelines.lease import LeaseLostError
 from pipelines.prefetch import Prefetcher
 from pipelines.progress import Throttle
 from pipelines.run_checkpoints import RunCheckpoints
+from pipelines.run_end import ENDED_EARLY, early_end, is_finished
 from pipelines.run_inputs import RunInputs
 from pipelines.run_log import RunLog
 from pipelines.step_data import Progress
@@ -90,6 +91,7 @@ class _DmdRun:
             keep=self.section.checkpoints_total_limit, also=self._kept_checkpoints,
         )  # fmt: skip
         self.progress, self.finished = Progress(), False
+        self.ended_early: dict[str, Any] | None = None
         self.answered: Any = None  # the notice of preemption that was answered with a checkpoint
 
     # ------------------------------------------------------------------ the loop
@@ -132,14 +134,14 @@ class _DmdRun:
         self.trainer.enter_stage(stage_settings(section, keys, self.inputs.distance(keys)))
         board_throttle = Throttle(0.5)
         window = _Window()
-        over = self.progress.stage_is_over(stage, keys, None)
+        over = self.progress.stage_is_over(stage, keys, None)  # the stage, or all
         while not over:
             data = self.data.draw(self.progress, keys, self.versions.stream(keys))
             tally = self.trainer.step(data, self.lr_factor(self.progress.step))
             window.add(tally)
             before, self.progress = self.progress, self.progress.after_step(keys)
             step = self.progress.step
-            over = self.progress.stage_is_over(stage, keys, None)
+            over = ended = self.progress.stage_is_over(stage, keys, None)
             if self.board is not None and self.group.rank == 0 and (board_throttle.ready() or over):
                 self.board.set.remote(done=step, **self._shown(tally, stage.name))
             if step % section.logging_steps == 0 or over:
@@ -148,10 +150,13 @@ class _DmdRun:
                 self._log(metrics)
                 if self._ails(metrics):
                     return
-                over = self.progress.stage_is_over(stage, keys, metrics) or self._to_end()
+                ended = self.progress.stage_is_over(stage, keys, metrics)
+                over = ended or self._to_end()
             self.finished = over and (last or self.beside.stop())
-            if over and not self.finished:
+            if ended and not last:  # also where patience ends the run: it may go on with more
                 self.progress = self.progress.next_stage()
+            if self.finished and not (ended and last):
+                self.ended_early = early_end(section.evaluation, self.beside.without_gain)
             switched = None if self.finished else self.follower.follow(before, self.progress)
             if switched is not None:
                 self.data.forget()
@@ -257,6 +262,7 @@ class _DmdRun:
             "teacher_revision": self.teacher.revision,
             "progress": asdict(self.progress),
             "finished": self.finished,
+            ENDED_EARLY: self.ended_early,
             "total_steps": self.section.total_steps,
             "nonfinite_updates": self.trainer.nonfinite_updates,
             "rollbacks": self.health.rollbacks,
@@ -278,8 +284,7 @@ class _DmdRun:
         self.trainer.nonfinite_updates = state["nonfinite_updates"]
         self.progress = Progress(**state["progress"])
         self.versions.restore(state["pairs_segments"])
-        same_plan = state["total_steps"] == self.section.total_steps
-        self.finished = state["finished"] and same_plan
+        self.finished = is_finished(state, self.section)
 
 
 def _remedied(keys: StageKeys, change: Remedies) -> StageKeys:

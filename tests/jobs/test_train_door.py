@@ -6,8 +6,12 @@ import shutil
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+import jobs.train
 from dmd_core.checkpoint import Checkpoint, save_checkpoint
+from jobs.display import Display
 from jobs.errors import Exit
+from jobs.session import open_session
+from jobs.train import plan
 from pipelines.dataset_pins import pin_name, read_pins
 from pipelines.following import PinHolder
 from pipelines.lease import hold_lease
@@ -20,7 +24,6 @@ from tests.pipelines.test_training import PAIRS, pairs  # noqa: F401  (a fixture
 @pytest.fixture
 def train(tiny_teacher_dir, tmp_path, capsys, pairs, monkeypatch):  # noqa: F811
     """`dmd train` of the tiny recipe on sealed pairs, with Ray out of reach."""
-    import jobs.session
 
     def no_ray(self):
         raise AssertionError("the recipe was not refused at the door")
@@ -36,7 +39,7 @@ def train(tiny_teacher_dir, tmp_path, capsys, pairs, monkeypatch):  # noqa: F811
         }  # fmt: skip
         return run_tiny("train", base, settings, capsys, words)
 
-    run.folder = tmp_path
+    run.folder, run.pairs_root = tmp_path, pairs[0].url
     return run
 
 
@@ -222,12 +225,59 @@ def test_prompts_that_changed_since_the_run_started(train):
     assert code == Exit.REFUSED and "prompts digest" in message
 
 
-def _pretend_a_checkpoint(run, versions=()):
+def test_a_training_that_patience_ended_goes_on_with_more_of_it(train):
+    settings = {
+        "train__lambda_reg": 0, "train__max_train_steps": 6,
+        "train__evaluation": "{steps: 2, patience: 2}",
+    }  # fmt: skip
+    with pytest.raises(AssertionError, match="not refused"):
+        train(**settings)
+    early = {"metric": "kid", "without_gain": 2}
+    _pretend_a_checkpoint(train.folder / "run", finished=True, ended_early=early)
+    for steps in (6, 9):  # a longer plan is not what ended it
+        plan = read_plan(train, settings | {"train__max_train_steps": steps})
+        assert plan["steps_to_do"] == 0
+    for changed, left in (
+        ("{steps: 2, patience: 3}", 5),
+        ("{steps: 2}", 5),
+        ("{steps: 2, patience: 2, metric: rmse}", 5),
+        ("{}", 5),
+    ):
+        again = settings | {"train__evaluation": changed}
+        assert read_plan(train, again)["steps_to_do"] == left, changed
+        with pytest.raises(AssertionError, match="not refused"):
+            train(**again)
+
+
+def test_the_last_line_says_that_patience_ended_it(train, monkeypatch):
+    settings = {"train__lambda_reg": 0, "train__evaluation": "{steps: 2, patience: 2}"}
+    with pytest.raises(AssertionError, match="not refused"):
+        train(**settings)
+    early = {"metric": "kid", "without_gain": 2}
+    _pretend_a_checkpoint(train.folder / "run", finished=True, ended_early=early)
+    said = []
+    monkeypatch.setattr(jobs.train, "_settle_evaluations", lambda session: None)
+    monkeypatch.setattr(Display, "done", lambda self, text: said.append(text))
+    assert train(**settings)[0] == Exit.OK
+    assert said == [
+        "train: nothing to do, step 1 is reached, ended early: 2 evaluations without a better kid "
+        "(train.evaluation.patience: 2)"
+    ]
+
+
+def read_plan(train, settings) -> dict:
+    """What `--dry-run` tells."""
+    overrides = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]
+    place = [f"run.dir={train.folder / 'run'}", f"pairs.root={train.pairs_root}"]
+    return plan(open_session("tiny", [*place, *overrides], quiet=True))
+
+
+def _pretend_a_checkpoint(run, versions=(), **changes):
     """Of step 1 of a run that is not finished."""
     state = {
-        "finished": False, "total_steps": 6,
+        "finished": False, "total_steps": 6, "pairs_digest": "",
         "pairs_segments": [{"version": version} for version in versions],
-    }  # fmt: skip
+    } | changes  # fmt: skip
     fs, root = LocalFileSystem(auto_mkdir=True), str(run / "checkpoints")
     save_checkpoint(fs, root, Checkpoint(1, {}, state), alone=True)
 
