@@ -155,6 +155,21 @@ def guidance_distilled(path: str | Path) -> bool:
     return bool(part_config(path, family_of(path).model).get("guidance_embeds", False))
 
 
+def check_guidance(path: str | Path, asked: Mapping[str, float]) -> None:
+    """`asked`: key of the recipe → guidance scale. Raises `TeacherError` for a scale that the
+    teacher's own pipeline does not look at: FLUX.1-schnell was made to need none."""
+    family = family_of(path)
+    if family.pipeline != "FluxPipeline" or guidance_distilled(path):
+        return
+    for key, scale in asked.items():
+        if scale != 1:
+            raise TeacherError(
+                f"{key} is {scale:g}; expected 1: the network of teacher {path} is told no "
+                "guidance (guidance_embeds is false, as FLUX.1-schnell's), and its pipeline has "
+                "none beside it"
+            )
+
+
 def check_parts(path: str | Path, family: Family) -> None:
     """Raises `TeacherError` that names what is missing or of another class."""
     folder = Path(path)

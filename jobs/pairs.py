@@ -4,6 +4,7 @@ import _thread
 from contextlib import AbstractContextManager
 from typing import Any
 
+from dmd_core.families import check_guidance
 from dmd_core.teacher import teacher_revision
 from jobs.errors import Exit, JobError
 from jobs.placement import DATA_CPUS, check_room, pairs_demand
@@ -90,6 +91,7 @@ def fill(session: Session, purpose: str, *, keep: int | None = None) -> Outcome:
 def pair_order(session: Session) -> PairOrder:
     """What the recipe asks for; the teacher is checked and its files are hashed."""
     section = session.recipe.pairs
+    check_guidance(session.teacher_dir, {"pairs.guidance_scale": section.guidance_scale})
     return PairOrder(
         section=section,
         source=pair_source(section),

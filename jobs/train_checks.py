@@ -7,7 +7,14 @@ import torch
 
 from dmd_core.decoder import check_decoder
 from dmd_core.export import check_exportable
-from dmd_core.families import CLASSES, Family, family_of, folder_geometry, part_config
+from dmd_core.families import (
+    CLASSES,
+    Family,
+    check_guidance,
+    family_of,
+    folder_geometry,
+    part_config,
+)
 from dmd_core.lora import check_lora
 from dmd_core.losses import REGRESSION_LOSSES
 from dmd_core.perceptual import load_perceptual
@@ -43,6 +50,9 @@ def check_training(session: Session, pins: Pins) -> dict[str, str]:
     except ValueError as error:
         raise JobError(f"teacher.path, train.student_timesteps: {error}", Exit.USAGE) from error
     _check_guidance(section, folder)
+    asked = {"pairs.guidance_scale": pairs.guidance_scale}  # sample pictures, evaluations
+    for _, keys in section.plan():
+        check_guidance(folder, asked | {"train.guidance_scale": keys.guidance_scale})
     for _, keys in section.plan():
         if keys.needs_pairs and keys.regression_loss not in REGRESSION_LOSSES:
             load_perceptual(keys.regression_loss, trunk=section.perceptual_trunk or None)

@@ -62,9 +62,38 @@ def test_what_a_family_cannot_do(train, name, settings, expected):
         ("flux", {"train__student_timesteps": FOUR, "train__trainable": "lora"}),
         ("pixart", {"train__student_timesteps": FOUR}),
         ("edm", {"train__guidance_scale": 3.0}),
+        ("flux schnell", {"train__guidance_scale": 1.0, "pairs__guidance_scale": 1.0}),
         ("ddpm", {"train__student_timesteps": FOUR, "train__guidance_scale": 1.0}),
     ],
 )
 def test_what_a_family_can_do(train, name, settings):
     with pytest.raises(_ThroughTheDoor):
         train(name, **settings)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "train_", "expected"),
+    [
+        (2.0, 1.0, "pairs.guidance_scale is 2; expected 1:"),
+        (1.0, 3.5, "train.guidance_scale is 3.5; expected 1:"),
+    ],
+)
+def test_a_network_that_is_told_no_guidance_is_not_guided(train, pairs, train_, expected):
+    settings = {"pairs__guidance_scale": pairs, "train__guidance_scale": train_}
+    code, message = train("flux schnell", **settings)
+    assert code == Exit.REFUSED and expected in message, message
+
+
+@pytest.mark.parametrize(("guidance", "expected"), [(3.5, Exit.REFUSED), (1.0, Exit.OK)])
+def test_neither_are_its_pairs(families, tmp_path, capsys, guidance, expected):
+    (tmp_path / "prompts.txt").write_text("cat\ndog")
+    base = {
+        "run.dir": tmp_path / "run", "teacher.path": families.folder("flux schnell"),
+        "pairs.prompts": tmp_path / "prompts.txt", "pairs.solver": "flow_euler",
+        "pairs.height": 16, "pairs.width": 16,
+    }  # fmt: skip
+    code, message = run_tiny(
+        "pairs", base, {"pairs__guidance_scale": guidance}, capsys, words=["--dry-run"]
+    )
+    assert code == expected, message
+    assert expected == Exit.OK or "pairs.guidance_scale is 3.5; expected 1:" in message
