@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}", nargs="?", const=_ROWS, type=_positive, metavar="K", help=text
         )
     parser.add_argument("--out", metavar="PNG", help="of --sample; default: <data set>-v<N>.png")
-    parser.add_argument("--seed", type=int, default=0, help="draws the random rows; default 0")
+    parser.add_argument(
+        "--seed", type=_not_negative, default=0, help="draws the random rows; default 0"
+    )
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -285,8 +287,16 @@ def _diff(session: Session, root: Store, old: int, new: int) -> dict[str, Any]:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
+    return _whole(text, 1)
+
+
+def _not_negative(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, {least} or more")
     return int(text)
 
 

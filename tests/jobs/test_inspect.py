@@ -214,7 +214,10 @@ def test_another_teacher_is_named(inspect, root, arguments):
     assert code == Exit.REFUSED and "a" * 64 in err and "teacher.path" in err
 
 
-@pytest.mark.parametrize("arguments", [["--sample", "0"], ["--version", "x"], ["--diff", "1"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--sample", "0"], ["--version", "x"], ["--diff", "1"], ["--sample", "--seed", "-1"]],
+)
 def test_nonsense_on_the_command_line_is_a_usage_error(arguments):
     with pytest.raises(SystemExit) as stopped:
         main(["inspect", "set", *arguments])
