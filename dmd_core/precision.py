@@ -17,6 +17,13 @@ ISLANDS = {
 }
 
 
+def exact_float32() -> None:
+    """Make float32 mean float32 on a GPU, in this process: PyTorch's own choice for convolutions is
+    TF32, which keeps 10 bits of the mantissa."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 @dataclass(frozen=True)
 class PrecisionPolicy:
     """`compute`: dtype of matrix products and convolutions inside the networks (autocast)."""

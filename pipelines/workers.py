@@ -19,6 +19,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 
+from dmd_core.precision import exact_float32
 from pipelines.placement import GroupPlacementSection
 from pipelines.storage import Store
 
@@ -116,5 +117,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def set_threads(threads: int | None) -> None:
-    """Torch threads of this process. Ray sets OMP_NUM_THREADS=1 for one-CPU actors."""
+    """What a process that computes starts with: its torch threads, for Ray sets OMP_NUM_THREADS=1
+    for one-CPU actors, and float32 that is float32 on a GPU, too."""
     torch.set_num_threads(threads or os.cpu_count() or 1)
+    exact_float32()

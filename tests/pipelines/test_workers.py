@@ -6,13 +6,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from pipelines import fence as module
 from pipelines.fence import Fence
 from pipelines.lease import LeaseLostError, hold_lease
 from pipelines.run_log import RunLog
 from pipelines.storage import open_store
-from pipelines.workers import Group, _interruptible
+from pipelines.workers import Group, _interruptible, set_threads
 
 
 def ends_the_process(signum, frame):
@@ -73,3 +74,18 @@ def test_a_store_that_does_not_answer_is_no_lost_lease(taken, monkeypatch, caplo
     monkeypatch.setattr(module, "check_fence", away)
     assert Fence(taken, 1).holds()
     assert "the lease cannot be looked at: connection refused" in caplog.text
+
+
+def test_float32_of_a_worker_is_not_tf32():
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    before, threads = [flag.allow_tf32 for flag in flags], torch.get_num_threads()
+    try:
+        for flag in flags:
+            flag.allow_tf32 = True
+        set_threads(3)
+        assert torch.get_num_threads() == 3
+        assert [flag.allow_tf32 for flag in flags] == [False, False]
+    finally:
+        torch.set_num_threads(threads)
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
