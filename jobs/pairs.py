@@ -1,6 +1,7 @@
 """`dmd pairs`: prompts → teacher on Ray Data → a sealed pair data set (stations 1-4)."""
 
 import _thread
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,6 +14,8 @@ from jobs.session import Session
 from jobs.teacher_here import TeacherHere, pair_source
 from pipelines.config import PairsSection
 from pipelines.costs import (
+    MeasuredPairs,
+    Rate,
     Work,
     estimate,
     evaluations_per_picture,
@@ -22,6 +25,9 @@ from pipelines.costs import (
 from pipelines.factory import Changes, Outcome, PairOrder, fill_order, order_changes
 from pipelines.pairs import fingerprint_of
 from pipelines.storage import check_writable
+
+_OWN_SIZE = (None, None)  # of rows that name none: the recipe's
+_Sizes = Mapping[tuple[int | None, int | None], int]  # (height, width) in pixels → rows to make
 
 
 def run(session: Session) -> dict[str, Any]:
@@ -36,24 +42,42 @@ def plan(session: Session) -> dict[str, Any]:
     section, cost = session.recipe.pairs, session.recipe.cost
     order, here = pair_order(session), TeacherHere(session)
     changes = order_changes(order)
-    to_make = changes.to_make
+    to_make, sizes = changes.to_make, changes.sizes
     measured = measured_pairs(order.root, section, order.fingerprint.as_dict())
-    per_pair = measured.bytes if measured is not None else None
-    needed = round(to_make * (here.pair_bytes() if per_pair is None else per_pair))
-    rate = pair_rate(section, cost, measured, here.rate)
+    needed = _bytes(here, sizes, measured)
+    rate = _rate_of_sizes(pair_rate(section, cost, measured, here.rate), here, sizes, measured)
     work = Work(to_make, section.most_actors, section.cpus_per_actor, section.gpus_per_actor)
     plan = {
         "prompts": section.prompts,
         "rows": changes.rows,
         "changes": changes_in_words(changes),
         "rows_to_make": to_make,
-        "batches": -(-to_make // section.batch_size),
-        "blocks": -(-to_make // section.rows_per_block),
+        "batches": sum(-(-count // section.batch_size) for count in sizes.values()),
+        "blocks": sum(-(-count // section.rows_per_block) for count in sizes.values()),
         "network_evaluations": to_make * evaluations_per_picture(section),
         "bytes": needed,
         "writes_to": session.pairs_root.url,
     }
     return with_space(plan | estimate(work, rate, cost), needed, session.pairs_root)
+
+
+def _bytes(here: TeacherHere, sizes: _Sizes, measured: MeasuredPairs | None) -> int:
+    """What a version took for a pair tells it only where all rows have the recipe's size."""
+    if measured is None or measured.bytes is None or set(sizes) != {_OWN_SIZE}:
+        return here.pair_bytes(sizes)
+    return round(sizes[_OWN_SIZE] * measured.bytes)
+
+
+def _rate_of_sizes(
+    rate: Rate, here: TeacherHere, sizes: _Sizes, measured: MeasuredPairs | None
+) -> Rate:
+    """The rate where rows have sizes of their own: a trial and a recipe tell that of one size."""
+    if set(sizes) == {_OWN_SIZE} or rate.seconds is None:
+        return rate
+    if measured is not None:
+        return Rate(rate.seconds, f"{rate.source}, whatever their sizes")
+    area = here.mean_area(sizes)
+    return Rate(rate.seconds * area, f"{rate.source}; ×{area:.3g} for the area of the rows' sizes")
 
 
 def fill(session: Session, purpose: str, *, keep: int | None = None) -> Outcome:

@@ -1,14 +1,16 @@
 """The teacher on the machine that plans: what one pair takes, where nothing else tells it."""
 
 import time
+from collections.abc import Mapping
 from functools import cached_property
 from math import prod
 
 import numpy as np
 import torch
 
+from dmd_core.families import folder_geometry
 from dmd_core.noise import sample_noise
-from dmd_core.teacher import Teacher, load_teacher
+from dmd_core.teacher import Teacher, TeacherError, load_teacher
 from jobs.config import resolve_shipped
 from jobs.session import Session
 from pipelines.config import PairsSection
@@ -29,10 +31,24 @@ class TeacherHere:
         device = "cuda" if self._on_gpu and torch.cuda.is_available() else "cpu"
         return load_teacher(self._session.teacher_dir, device=device)
 
-    def pair_bytes(self) -> int:
-        """Of one pair's tensors."""
-        shape = self.teacher.latent_shape(self._section.height, self._section.width)
-        return 2 * np.dtype(self._section.dtype).itemsize * prod(shape)
+    def shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """(C,h,w) of a row's sample; None: the recipe's size. No weights are loaded for it. Raises
+        `TeacherError` for a size that the teacher cannot make."""
+        height, width = height or self._section.height, width or self._section.width
+        try:
+            return folder_geometry(self._session.teacher_dir).shape(height, width)
+        except ValueError as error:
+            raise TeacherError(str(error)) from error
+
+    def pair_bytes(self, sizes: Mapping[tuple[int | None, int | None], int]) -> int:
+        """Of the tensors of so many pairs of each (height, width)."""
+        values = sum(count * prod(self.shape(*size)) for size, count in sizes.items())
+        return 2 * np.dtype(self._section.dtype).itemsize * values
+
+    def mean_area(self, sizes: Mapping[tuple[int | None, int | None], int]) -> float:
+        """Of so many rows of each (height, width), relative to one of the recipe's size."""
+        area = sum(count * prod(self.shape(*size)[1:]) for size, count in sizes.items())
+        return area / prod(self.shape()[1:]) / max(1, sum(sizes.values()))
 
     def rate(self) -> Rate:
         """Seconds per pair, from one network evaluation of a batch."""
@@ -54,8 +70,8 @@ class TeacherHere:
     def _seconds_per_evaluation(self) -> float:
         """Per picture of a full batch; a first evaluation warms up."""
         section, teacher, taken = self._section, self.teacher, 0.0
-        shape, count = teacher.latent_shape(section.height, section.width), section.batch_size
-        eps = sample_noise(range(count), shape).to(teacher.device)
+        count = section.batch_size
+        eps = sample_noise(range(count), self.shape()).to(teacher.device)
         cond = teacher.encode_prompts([first_prompt(self._session)] * count)
         t = torch.full((count,), teacher.schedule.num_timesteps - 1, device=teacher.device)
         network = teacher.network(getattr(torch, section.compute_dtype))

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipelines.collect import Collected, collect_garbage, needs_collecting
 from pipelines.config import PairsSection, StorageSection
-from pipelines.landed import landed_ids, landed_ids_of
+from pipelines.landed import landed_ids_of, table_ids
 from pipelines.lease import Lease, hold_lease
 from pipelines.ledger import drop_unfinished, finished_ids, forget_lost_files, settle_ledger
 from pipelines.manifest import Manifest, find_sealed, latest_manifest, void_next_number
@@ -57,13 +57,18 @@ class PairOrder:
 class Changes:
     """What is asked for now. `settings` (name → then and now) and `added` and `removed` rows are
     against the newest version, or None and 0 if there is none; `to_make` of the `rows` are not
-    stored yet."""
+    stored yet, `sizes` says how many of which (height, width) in pixels, (None, None) for rows of
+    the recipe's size."""
 
     settings: dict[str, tuple[Any, Any]] | None
     added: int
     removed: int
     rows: int
-    to_make: int
+    sizes: dict[tuple[int | None, int | None], int]
+
+    @property
+    def to_make(self) -> int:
+        return sum(self.sizes.values())
 
 
 @dataclass(frozen=True)
@@ -110,10 +115,9 @@ def fill_order(
             manifest = find_sealed(root, fingerprint.digest, landing.digest)
             prompts = landing.publish()
             if manifest is None:
-                asked = landed_ids(root, prompts)
                 settle_ledger(root, fingerprint.folder)
                 forget_lost_files(root, fingerprint.folder)
-                changes = find_changes(order, asked)
+                changes = find_changes(order, root, prompts)
                 on_changes(changes)
                 if changes.to_make or len(data_keys(root, fingerprint)) > _SEALED_HERE:
                     manifest = _make(order, prompts, changes.to_make, lease, record, watch)
@@ -180,22 +184,27 @@ def order_changes(order: PairOrder) -> Changes:
     with tempfile.TemporaryDirectory(prefix="dmd-prompts-") as folder:
         local, numbers = open_store(folder), _numbers(order.section)
         prompts = land_prompts(order.source, order.storage, local, **numbers)
-        return find_changes(order, landed_ids(local, prompts))
+        return find_changes(order, local, prompts)
 
 
-def find_changes(order: PairOrder, asked: np.ndarray) -> Changes:
-    """What `asked` (ids) and the order's fingerprint change."""
-    stored = finished_ids(order.root, order.fingerprint.folder)
-    to_make = len(np.setdiff1d(asked, stored))
+def find_changes(order: PairOrder, store: Store, prompts: LandedPrompts) -> Changes:
+    """What the `prompts` that are landed in `store` and the order's fingerprint change."""
+    stored = np.unique(finished_ids(order.root, order.fingerprint.folder))
+    parts = [table_ids(store, file.path) for file in prompts.files]
+    sizes = {
+        (file.height, file.width): len(np.setdiff1d(part, stored, assume_unique=True))
+        for file, part in zip(prompts.files, parts, strict=True)
+    }
+    asked = np.concatenate(parts)
     newest = latest_manifest(order.root)
     if newest is None:
-        return Changes(None, 0, 0, len(asked), to_make)
+        return Changes(None, 0, 0, len(asked), sizes)
     settings = changed_fields(newest.fingerprint, order.fingerprint.as_dict())
     then = landed_ids_of(order.root, newest)
     if then is None:  # the table was removed by hand
         then = version_ids(order.root, newest)
     added, removed = np.setdiff1d(asked, then), np.setdiff1d(then, asked)
-    return Changes(settings, len(added), len(removed), len(asked), to_make)
+    return Changes(settings, len(added), len(removed), len(asked), sizes)
 
 
 def _make(

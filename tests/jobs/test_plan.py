@@ -156,6 +156,18 @@ def test_pairs_are_planned_from_a_trial_then_from_the_version(plan_of, tiny_teac
     assert plan["cost"] == pytest.approx(0.75) and plan["keeps_versions"] == 3
 
 
+def test_rows_with_sizes_of_their_own_are_planned_at_their_size(plan_of):
+    """The tiny teacher makes 16×16 pixels; two of these rows have four times the area."""
+    rows = [*(f"prompt {i},," for i in range(10)), "wide,32,32", "wider,32,32"]
+    (plan_of.folder / "sized.csv").write_text("\n".join(["prompt,height,width", *rows]))
+    sized = {"pairs__prompts": plan_of.folder / "sized.csv"}
+    code, plan, _ = plan_of("pairs", cost__seconds_per_picture=3600, **sized)
+    assert code == 0 and plan["rows_to_make"] == 12
+    assert plan["bytes"] == 2 * 2 * 4 * (10 * 4 * 4 + 2 * 8 * 8)
+    assert plan["cpu_hours"] == pytest.approx(10 + 2 * 4) and "×1.5" in plan["rate"]
+    assert plan["batches"] == 2 + 1  # rows of one size are made together, eight at a time
+
+
 def test_a_gpu_that_is_not_here_is_not_measured(plan_of, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, plan, _ = plan_of("pairs", pairs__gpus_per_actor=0.5)
