@@ -92,6 +92,8 @@ def make_images(
     batches = list(_missing_batches(root, folders, prompts, plan))
     total = len(prompts) * len(folders)
     done = total - sum(len(batch) for batch in batches)
+    if on_progress is not None:
+        on_progress(done, total)
     if not batches:
         return
     where = _Target(root, folders, len(prompts))
