@@ -58,10 +58,15 @@ class Display:
         if self.console.quiet:
             yield
             return
+
+        def read_at_most() -> tuple[int, dict[str, Any]]:
+            done, fields = read()  # work that is repeated after a worker died is counted again
+            return min(done, fields.get("total", total)), fields
+
         watcher = self._bar if self.console.is_terminal else self._lines
         stop = threading.Event()
         thread = threading.Thread(
-            target=watcher, args=(title, total, unit, read, describe, stop), daemon=True
+            target=watcher, args=(title, total, unit, read_at_most, describe, stop), daemon=True
         )
         thread.start()
         try:

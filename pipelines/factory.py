@@ -239,5 +239,5 @@ def _make(
             fence=lease.fence,
         )
         manifest = generate_pairs(task, prompts, lease, on_phase=on_phase)
-        record.finish()
+        record.finish(manifest.rows, manifest.rejected)
     return manifest

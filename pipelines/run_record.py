@@ -13,8 +13,9 @@ from pipelines.storage import Store
 class RunRecord:
     """`generations/<fingerprint>/runs/<fence>.json`, rewritten with every beat of the lease.
 
-    `rows` were handled by a teacher in this run, `rejected` of them without a usable pair. `busy_s`
-    adds up over all teachers; `gpu_s` is that in GPU-seconds. `seconds` is the time of the run.
+    `rows` were handled by a teacher in this run, `rejected` of them without a usable pair: as the
+    workers count while it runs, as the sealed version says at its end. `busy_s` adds up over all
+    teachers; `gpu_s` is that in GPU-seconds. `seconds` is the time of the run.
     """
 
     def __init__(self, root: Store, generation: str, *, gpus_per_actor: float) -> None:
@@ -25,6 +26,7 @@ class RunRecord:
         self._board: Any = None
         self._last: tuple[int, dict[str, Any]] = (0, {})
         self._total = 0
+        self._sealed: tuple[int, int] | None = None
         self._clock = time.monotonic()
         self._started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
@@ -34,8 +36,10 @@ class RunRecord:
         self._fence, self._total, self._stored, self._board = fence, total, stored, board
         self._last = (stored, {})
 
-    def finish(self) -> None:
-        """The last state; that a store fails just now must not undo what was sealed."""
+    def finish(self, rows: int, rejected: int) -> None:
+        """The last state, with what was sealed: Ray repeats a block whose worker died, and then
+        its rows are counted twice. That a store fails just now must not undo what was sealed."""
+        self._sealed = rows, rejected
         with contextlib.suppress(*transport_errors(self._root.fs)):
             self.progress()
 
@@ -44,12 +48,15 @@ class RunRecord:
         if self._board is None:
             return {"phase": self.phase}
         done, fields = self._read()
+        done, rejected = min(done, self._total), fields.get("rejected", 0)
+        if self._sealed is not None:
+            done, rejected = sum(self._sealed), self._sealed[1]
         self.spent = {
             "fence": self._fence,
             "started": self._started,
             "seconds": round(time.monotonic() - self._clock, 1),
-            "rows": done - self._stored,
-            "rejected": fields.get("rejected", 0),
+            "rows": max(0, done - self._stored),
+            "rejected": min(rejected, self._total),
             "busy_s": round(fields.get("busy_s", 0.0), 2),
             "gpu_s": round(fields.get("busy_s", 0.0) * self._gpus, 2),
         }
