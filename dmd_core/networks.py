@@ -140,8 +140,11 @@ class DmdNetworks:
             )
         for part, tensors in ours.items():
             sizes = {name: tensor.shape for name, tensor in tensors.items()}
-            if sizes != dict(stored[part]):
-                raise CheckpointError(f"the checkpoint's {part} has other weights than this run's")
+            odd = sorted(name for name, _ in sizes.items() ^ stored[part].items())
+            if odd:
+                raise CheckpointError(
+                    f"the checkpoint's {part} has other weights than this run's: {odd[0]}"
+                )
         return ours
 
     def load(self, parts: Mapping[str, Tensors]) -> None:
