@@ -138,9 +138,8 @@ def _collect_generation(root: Store, lease: Lease, folder: str, kept: Sequence[M
     sealed = max([*(manifest.fence for manifest in kept), dropped or 0])
     named = {data_base(key.rsplit("/", 1)[-1]) for manifest in kept for key in _named(manifest)}
     deleted = 0
-    for part in (
-        _PARTS[:2] if kept else _PARTS
-    ):  # one after the other, each with a look at the lease
+    parts = _PARTS[:2] if kept else _PARTS
+    for part in parts:  # one after the other, each with a look at the lease
         base = ledger_base if part == "ledger" else data_base
         unused = [
             name
