@@ -310,6 +310,7 @@ def test_rows_whose_data_vanish_while_a_run_starts_are_made_in_the_same_run(
     assert_complete(job.root, outcome.manifest)
 
 
+@pytest.mark.slow  # the chaos suite has it with two drivers
 def test_two_runs_at_the_same_moment_do_the_work_once(ray_cluster, tmp_path, tiny_teacher_dir):
     job = Job(open_store(str(tmp_path / "set")), tiny_teacher_dir, tmp_path)
     order, second = job.order(CAPTIONS[:2]), []

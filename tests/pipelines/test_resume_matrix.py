@@ -108,6 +108,7 @@ def test_one_worker_dies_at_each_kind_of_save_point(bench):
     dies_and_goes_on(bench, "dmd2", 1, deaths)
 
 
+@pytest.mark.slow  # the chaos suite kills workers of Ray Train
 def test_two_workers_die_with_one_of_them(bench):
     # In the middle of the second version's first epoch, and in a save of its second epoch.
     dies_and_goes_on(bench, "dmd", 2, [Death(4, rank=1), Death(6, "generator", rank=1)])
