@@ -202,14 +202,8 @@ def _sample_student(task: EvaluationTask, networks: Networks) -> Images:
     """Not stored: pictures of a checkpoint that soon is gone."""
     plan = task.plan()
     sampler, seeds = SystemSampler(plan, networks), plan.seeds(STUDENT, task.prompts)
-    return Images.cat(
-        [
-            sampler(
-                STUDENT, task.prompts[at : at + plan.batch_size], seeds[at : at + plan.batch_size]
-            )
-            for at in range(0, len(seeds), plan.batch_size)
-        ]
-    )
+    batches = [slice(at, at + plan.batch_size) for at in range(0, len(seeds), plan.batch_size)]
+    return Images.cat([sampler(STUDENT, task.prompts[rows], seeds[rows]) for rows in batches])
 
 
 def _share(found: list[dict[str, Any]] | None) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Evaluation pictures of one system as files: `<first row>.parquet` for each batch, in a folder.
 
 A file is whole or absent, so a killed evaluation loses the batches that were being sampled and no
-more; readers take them one by one, so that 50,000 large pictures fit in no memory but the disk's.
+more; readers take them one by one, for 50,000 large pictures fit in no memory.
 """
 
 import json
@@ -90,15 +90,15 @@ class StoredImages:
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:
-        return tuple(self._columns("prompt")["prompt"].to_pylist())
+        return tuple(self._column("prompt")["prompt"].to_pylist())
 
     @cached_property
     def seeds(self) -> tuple[int, ...]:
-        return tuple(self._columns("seed")["seed"].to_pylist())
+        return tuple(self._column("seed")["seed"].to_pylist())
 
     @cached_property
     def features(self) -> np.ndarray:
-        table = self._columns("features")
+        table = self._column("features")
         return _array(table, "features", _shapes(table))
 
     def parts(self) -> Iterator[Images]:
@@ -126,11 +126,11 @@ class StoredImages:
                 break
         return Images.cat(found).rows(slice(count))
 
-    def _columns(self, *names: str) -> pa.Table:
+    def _column(self, name: str) -> pa.Table:
         with _named(self._folder):
             paths = [self._path(start) for start in self.starts]
             files = pyarrow.dataset.dataset(paths, filesystem=self.store.arrow, format="parquet")
-            return files.to_table(columns=list(names))
+            return files.to_table(columns=[name])
 
     @property
     def _folder(self) -> str:

@@ -132,3 +132,15 @@ def seaweed_options(seaweed):
 def seaweed_store(seaweed_options):
     """An empty folder in a bucket of SeaweedFS."""
     return new_bucket(seaweed_options, "set")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Layers as small as those of the tests wait for each other's threads, by seconds where cores
+    are shared."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

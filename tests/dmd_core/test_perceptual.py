@@ -30,13 +30,7 @@ GOLDEN = {
 BINOMIAL = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Layers this small wait for each other's threads, by seconds where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @cache

@@ -41,12 +41,7 @@ SOLVERS = {
 TIMES = (999, 749, 499, 249)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _section(name: str, **changes: object) -> PairsSection:

@@ -14,12 +14,7 @@ from pipelines.storage import open_store
 WORDS = ("cat", "dog", "ship", "sun", "tree")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
