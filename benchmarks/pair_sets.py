@@ -21,7 +21,8 @@ from jobs.config import Recipe, load_recipe, resolve_shipped
 from pipelines.batches import PairReader
 from pipelines.config import PairsSection
 from pipelines.generate import _map_on_cluster
-from pipelines.manifest import Manifest, load_manifest
+from pipelines.manifest import load_manifest
+from pipelines.manifest_model import Manifest
 from pipelines.pairs import PARQUET_OPTIONS, encode_pairs, fingerprint_of, library_versions
 from pipelines.prompts import LandedPrompts, PromptSource, land_prompts
 from pipelines.seal import map_in_threads, seal_generation

@@ -2,12 +2,13 @@
 
 import json
 import time
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 import jobs.train
+from benchmarks.train_windows import rate_after
 from dmd_core.networks import DmdNetworks, World
 from dmd_core.noise import stable_seed
 from dmd_core.teacher import load_teacher
@@ -22,27 +23,21 @@ from pipelines.workers import set_threads
 
 
 def run(config: str, overrides: list[str], warm_up: int) -> dict[str, Any]:
-    """The whole command with an embedded Ray; its rate from step `warm_up` to the last."""
+    """The whole command with an embedded Ray: its rate from step `warm_up` to the last, and its
+    `windows`, the seconds between two lines of its log."""
     with open_session(config, overrides, quiet=True) as session:
         jobs.train.run(session)
         text = session.store.fs.cat_file(session.store.path("metrics.jsonl"))
         batch = session.recipe.train.train_batch_size
     lines = [json.loads(line) for line in text.splitlines()]
     windows = [(line["step"], line["samples_per_second"]) for line in lines if "loss_fake" in line]
-    return {"rate": rate_after(windows, warm_up, batch)}
-
-
-def rate_after(windows: Sequence[tuple[int, float]], warm_up: int, batch: int) -> float:
-    """Samples/s after step `warm_up`, from the (last step, samples/s) of each logged window."""
-    samples, seconds, before = 0, 0.0, 0
-    for step, rate in windows:
-        if before >= warm_up:
-            samples += (step - before) * batch
-            seconds += (step - before) * batch / rate
-        before = step
-    if not samples:
-        raise ValueError(f"no window after step {warm_up}; the last one ends at step {before}")
-    return samples / seconds
+    steps = np.diff([0, *(step for step, _ in windows)])
+    seconds = steps * batch / np.array([rate for _, rate in windows])
+    return {
+        "rate": rate_after(windows, warm_up, batch),
+        "windows": seconds.tolist(),
+        "batch": batch,
+    }
 
 
 def bare(config: str, overrides: list[str], warm_up: int) -> dict[str, Any]:

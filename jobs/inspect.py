@@ -21,7 +21,8 @@ from jobs.inspect_show import (
 from jobs.session import Session
 from pipelines.dataset_pins import read_pins, unpin
 from pipelines.inspection import inspect_dataset
-from pipelines.manifest import Manifest, latest_manifest, load_manifest
+from pipelines.manifest import latest_manifest, load_manifest
+from pipelines.manifest_model import Manifest
 from pipelines.storage import Store, open_store
 
 _ROWS = 16

@@ -17,7 +17,8 @@ from jobs.errors import Exit, JobError
 from jobs.session import Session
 from pipelines.dataset_pins import pin_name
 from pipelines.following import PinHolder
-from pipelines.manifest import Manifest, latest_manifest, load_manifest
+from pipelines.manifest import latest_manifest, load_manifest
+from pipelines.manifest_model import Manifest
 from pipelines.pins import Pins
 from pipelines.prompts import PromptSource, read_prompts
 from pipelines.streams import open_pictures, pictures_digest

@@ -26,7 +26,8 @@ from jobs.run_settings import MAY_CHANGE, flat_settings, is_one_of
 from jobs.session import Session
 from pipelines.chain import read_record
 from pipelines.config import Section
-from pipelines.manifest import NoSuchVersionError, canonical_digest, load_manifest
+from pipelines.manifest import NoSuchVersionError, load_manifest
+from pipelines.manifest_model import canonical_digest
 from pipelines.pins import Pins
 from pipelines.run_folder import CHECKPOINTS
 

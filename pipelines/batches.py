@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from dmd_core.types import PairBatch
-from pipelines.manifest import Manifest, ManifestFile
+from pipelines.manifest_model import Manifest, ManifestFile
 from pipelines.pair_files import PairFileError, PairFiles, kept_mask
 from pipelines.pair_order import WINDOW_ROW_GROUPS, RowOrder, part_of_batch
 from pipelines.pairs import tensor_values

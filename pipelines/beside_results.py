@@ -57,19 +57,12 @@ def best(results: Iterable[Evaluated], metric: EvaluationMetric) -> int | None:
     return steps[0] if steps else None
 
 
-def early_stop(
-    results: Iterable[Evaluated], metric: EvaluationMetric, patience: int | None
-) -> bool:
-    """Have the last `patience` evaluations not been better than the best before them?
+def without_gain(results: Iterable[Evaluated], metric: EvaluationMetric) -> int:
+    """How many evaluations came after the best one: what `patience` counts.
 
     By the plain value: with confidence intervals in its place, many small gains would count as
     none. An evaluation that failed says nothing; one without a finite value is no gain.
     """
-    return patience is not None and without_gain(results, metric) >= patience
-
-
-def without_gain(results: Iterable[Evaluated], metric: EvaluationMetric) -> int:
-    """How many evaluations came after the best one; see `early_stop`."""
     results = [found for found in results if not found.error]
     step = best(results, metric)
     return sum(step is None or found.step > step for found in results)

@@ -13,7 +13,7 @@ from typing import Any
 
 from dmd_core.files import write_atomic
 from pipelines.commits import delete_if_there
-from pipelines.manifest import canonical_digest
+from pipelines.manifest_model import canonical_digest
 from pipelines.storage import Store
 
 FOLDER = "steps"

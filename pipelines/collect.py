@@ -18,8 +18,6 @@ from pipelines.dataset_pins import intent_path, read_pins
 from pipelines.lease import Lease
 from pipelines.ledger import data_base, fence_of, ledger_base
 from pipelines.manifest import (
-    Manifest,
-    generation_folder,
     list_versions,
     load_manifest,
     load_versions,
@@ -27,6 +25,7 @@ from pipelines.manifest import (
     manifest_path,
     void_entry,
 )
+from pipelines.manifest_model import Manifest, generation_folder
 from pipelines.storage import Store
 
 _KEPT_NUMBERS = 32  # void entries that stay: nobody is frozen for so many versions

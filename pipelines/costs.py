@@ -18,13 +18,8 @@ from pydantic import Field
 from dmd_core.files import is_local
 from pipelines.commits import StoreError, read_json
 from pipelines.config import PairsSection
-from pipelines.manifest import (
-    Manifest,
-    ManifestError,
-    generation_folder,
-    list_versions,
-    load_manifest,
-)
+from pipelines.manifest import ManifestError, list_versions, load_manifest
+from pipelines.manifest_model import Manifest, generation_folder
 from pipelines.section import Section
 from pipelines.storage import Store
 from pipelines.train_config import TrainSection

@@ -18,7 +18,8 @@ from pipelines.config import PairsSection, StorageSection
 from pipelines.landed import landed_ids_of, table_ids
 from pipelines.lease import Lease, hold_lease
 from pipelines.ledger import drop_unfinished, finished_ids, forget_lost_files, settle_ledger
-from pipelines.manifest import Manifest, find_sealed, latest_manifest, void_next_number
+from pipelines.manifest import find_sealed, latest_manifest, void_next_number
+from pipelines.manifest_model import Manifest
 from pipelines.pairs import Fingerprint, library_versions
 from pipelines.prompts import (
     LandedPrompts,

@@ -21,7 +21,8 @@ from dmd_core.noise import stable_seed
 from dmd_core.types import PairBatch
 from pipelines.batches import PairPrompts, PairReader
 from pipelines.dataset_pins import pin_versions
-from pipelines.manifest import Manifest, ManifestError, list_versions, load_manifest
+from pipelines.manifest import ManifestError, list_versions, load_manifest
+from pipelines.manifest_model import Manifest
 from pipelines.pair_fit import PairFit
 from pipelines.pins import Pins
 from pipelines.step_data import Progress

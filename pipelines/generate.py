@@ -18,7 +18,7 @@ from ray.data.datasource import FilenameProvider
 from pipelines.landed import table_ids
 from pipelines.lease import Lease
 from pipelines.ledger import finished_ids, forget_lost_files
-from pipelines.manifest import Manifest
+from pipelines.manifest_model import Manifest
 from pipelines.pairs import PARQUET_OPTIONS
 from pipelines.prompts import LandedFile, LandedPrompts
 from pipelines.seal import (

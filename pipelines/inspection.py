@@ -19,15 +19,14 @@ from pipelines.dataset_pins import Pin, read_pins
 from pipelines.landed import landed_tables
 from pipelines.lease import lease_status
 from pipelines.manifest import (
-    Manifest,
     ManifestError,
     NoSuchVersionError,
-    generation_folder,
     list_versions,
     load_manifest,
     log_numbers,
     manifest_path,
 )
+from pipelines.manifest_model import Manifest, generation_folder
 from pipelines.rejects import RejectFileError, read_rejects
 from pipelines.storage import Store, no_answer
 

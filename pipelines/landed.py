@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.commits import StoreError, list_files
-from pipelines.manifest import Manifest
+from pipelines.manifest_model import Manifest
 from pipelines.prompts import LandedPrompts
 from pipelines.storage import Store
 

@@ -10,20 +10,18 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, Self
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ValidationError
 
 from pipelines.commits import StoreError, check_create_only, create_once, new_commit_id
 from pipelines.lease import Lease
+from pipelines.manifest_model import Manifest, ManifestBody
 from pipelines.storage import Store
 
-SCHEMA_VERSION = 2
-_KEY = re.compile(r"[A-Za-z0-9._=/-]+")
 _NAME = re.compile(r"(\d{6})\.json")
-_MAX_BYTES = 1 << 50
 _VOID_BYTES = 2048
 _ATTEMPTS = 10
 
@@ -34,131 +32,6 @@ class ManifestError(RuntimeError):
 
 class NoSuchVersionError(ManifestError):
     """There is no such version, or not any more."""
-
-
-def canonical_digest(content: Mapping[str, Any]) -> str:
-    """sha256 of the canonical JSON of `content`."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def generation_folder(fingerprint_digest: str) -> str:
-    """Where the rows of one fingerprint live, relative to the data set's root."""
-    return f"generations/{fingerprint_digest[:16]}"
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ExcludedRow(_Model):
-    """A stored row that is not part of the version. `row` counts from 0 within the file."""
-
-    row: int = Field(ge=0)
-    pair_id: int
-    reason: Literal["duplicate", "not asked for"]
-
-
-class ManifestFile(_Model):
-    """One Parquet file; `row_groups` holds the rows of each of its row groups."""
-
-    key: str
-    bytes: int = Field(gt=0, lt=_MAX_BYTES)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    rows: int = Field(gt=0)
-    row_groups: tuple[int, ...]
-    excluded: tuple[ExcludedRow, ...]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        check_key(self.key)
-        if any(count < 0 for count in self.row_groups) or sum(self.row_groups) != self.rows:
-            raise ValueError(f"{self.key}: row groups do not add up to {self.rows} rows")
-        rows = [item.row for item in self.excluded]
-        if rows != sorted(set(rows)) or (rows and rows[-1] >= self.rows):
-            raise ValueError(f"{self.key}: excluded rows are not ascending within {self.rows} rows")
-        return self
-
-
-class ManifestBody(_Model):
-    """What a version says, apart from its number.
-
-    `rows` counts the rows that belong to the version. `excluded_files` are files of the generation
-    none of whose rows do; they are not in `files`. `rejected_ids` were asked for, but the teacher
-    gave nothing usable for them.
-    """
-
-    schema_version: int
-    created_by: dict[str, str]
-    fingerprint: dict[str, Any]
-    fingerprint_digest: str
-    prompts_digest: str
-    files: tuple[ManifestFile, ...]
-    excluded_files: tuple[str, ...]
-    rejected_ids: tuple[int, ...]
-    rows: int = Field(gt=0)
-    statistics: dict[str, float]
-    fence: int = Field(default=0, ge=0, description="of the lease under which it was sealed")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.schema_version != SCHEMA_VERSION:
-            raise ValueError(
-                f"schema_version is {self.schema_version}; this program reads {SCHEMA_VERSION}"
-            )
-        if canonical_digest(self.fingerprint) != self.fingerprint_digest:
-            raise ValueError("fingerprint_digest is not the digest of fingerprint")
-        folder = generation_folder(self.fingerprint_digest) + "/"
-        keys = [file.key for file in self.files]
-        for key in keys:
-            if not key.startswith(folder):
-                raise ValueError(f"key {key!r} lies outside {folder}")
-        if len(set(keys)) != len(keys):
-            raise ValueError("a file is listed twice")
-        kept = sum(file.rows - len(file.excluded) for file in self.files)
-        if kept != self.rows:
-            raise ValueError(f"rows is {self.rows}, but the files hold {kept}")
-        return self
-
-    @property
-    def rejected(self) -> int:
-        return len(self.rejected_ids)
-
-    @property
-    def excluded_ids(self) -> tuple[int, ...]:
-        return tuple(item.pair_id for file in self.files for item in file.excluded)
-
-    def same_pairs(self, other: "ManifestBody") -> bool:
-        """Do both say the same about the same files (whoever made them)?"""
-        names = set(ManifestBody.model_fields) - {"created_by", "fence"}
-        return all(getattr(self, name) == getattr(other, name) for name in names)
-
-
-class Manifest(ManifestBody):
-    """A sealed version. `commit_id` tells its writer from any other."""
-
-    version: int = Field(gt=0, le=999_999)
-    commit_id: str = Field(pattern=r"^[0-9a-f]{32}$")
-
-    def content(self) -> dict[str, Any]:
-        # Unset fields stay out, so that a field added later leaves old digests as they are.
-        return self.model_dump(exclude_unset=True)
-
-    def to_bytes(self) -> bytes:
-        text = json.dumps(self.content(), sort_keys=True, indent=1, allow_nan=False)
-        return text.encode() + b"\n"
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the manifest's JSON: what a training run pins."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
-
-
-def check_key(key: str) -> None:
-    """Refuse a key that is not a plain path under generations/."""
-    plain = _KEY.fullmatch(key) and ".." not in key and "//" not in key
-    if not plain or not key.startswith("generations/"):
-        raise ValueError(f"key {key!r} is not a plain path under generations/")
 
 
 # ---------------------------------------------------------------- reading
@@ -206,7 +79,7 @@ def load_manifest(root: Store, version: int) -> Manifest:
     it was never sealed or is given up."""
     path = manifest_path(root, version)
     try:
-        raw = root.fs.cat_file(path)
+        raw: Any = root.fs.cat_file(path)
     except FileNotFoundError as error:
         raise NoSuchVersionError(_no_such(root, path)) from error
     try:
@@ -219,6 +92,7 @@ def load_manifest(root: Store, version: int) -> Manifest:
         raise ManifestError(f"{path} is not a valid manifest: {where}: {first['msg']}") from error
     if manifest.version != version:
         raise ManifestError(f"{path} says it is version {manifest.version}")
+    manifest.digest = hashlib.sha256(raw).hexdigest()  # an older schema would be written otherwise
     return manifest
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dmd_core.files import is_local
-from pipelines.manifest import Manifest, ManifestFile
+from pipelines.manifest_model import Manifest, ManifestFile
 from pipelines.pairs import PairSchemaError, check_schema, fingerprint_digest
 from pipelines.storage import Store
 
@@ -140,7 +140,7 @@ class PairFiles:
 def kept_mask(file: ManifestFile) -> np.ndarray:
     """(rows of the file,) bool: which of them belong to the version."""
     keep = np.ones(file.rows, dtype=bool)
-    keep[[item.row for item in file.excluded]] = False
+    keep[list(file.excluded.rows)] = False
     return keep
 
 

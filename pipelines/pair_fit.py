@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipelines.commits import list_files
 from pipelines.landed import landed_tables
-from pipelines.manifest import Manifest
+from pipelines.manifest_model import Manifest
 from pipelines.pair_files import PairFiles
 from pipelines.storage import Store
 

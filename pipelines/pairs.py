@@ -27,7 +27,7 @@ import torch
 
 from dmd_core.types import PairBatch
 from pipelines.config import PairsSection
-from pipelines.manifest import SCHEMA_VERSION, canonical_digest, generation_folder
+from pipelines.manifest_model import SCHEMA_VERSION, canonical_digest, generation_folder
 
 # Raised by hand when a change of the code changes the numbers that a fingerprint stands for.
 NUMERICS_VERSION = 1

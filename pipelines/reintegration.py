@@ -8,7 +8,7 @@ import torch
 
 from dmd_core.noise import sample_noise
 from dmd_core.teacher import Teacher, TeacherError
-from pipelines.manifest import Manifest
+from pipelines.manifest_model import Manifest
 from pipelines.pairs import NUMERICS_VERSION
 from pipelines.storage import Store
 from pipelines.stored_rows import StoredRow, random_rows, read_rows

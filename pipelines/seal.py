@@ -22,15 +22,13 @@ from pipelines.commits import list_files
 from pipelines.landed import landed_ids
 from pipelines.lease import Lease
 from pipelines.ledger import data_base
-from pipelines.manifest import (
+from pipelines.manifest import commit_manifest, latest_manifest, latest_of
+from pipelines.manifest_model import (
     SCHEMA_VERSION,
-    ExcludedRow,
+    ExcludedRows,
     Manifest,
     ManifestBody,
     ManifestFile,
-    commit_manifest,
-    latest_manifest,
-    latest_of,
 )
 from pipelines.pairs import (
     Fingerprint,
@@ -241,14 +239,13 @@ def _choose_rows(
         if not keep.any():
             unused.append(fact.key)
             continue
-        excluded = tuple(
-            ExcludedRow(
-                row=int(row),
-                pair_id=int(fact.pair_ids[row]),
-                reason="duplicate" if wanted[span][row] else "not asked for",
+        excluded = ExcludedRows()
+        if not keep.all():
+            excluded = ExcludedRows(
+                rows=tuple(np.flatnonzero(~keep).tolist()),
+                pair_ids=tuple(fact.pair_ids[~keep].tolist()),
+                duplicates=tuple(np.flatnonzero(~keep & wanted[span]).tolist()),
             )
-            for row in np.flatnonzero(~keep)
-        )
         files.append(
             ManifestFile(
                 key=fact.key,

@@ -15,7 +15,7 @@ import torch
 
 from pipelines.bounded import map_bounded
 from pipelines.landed import landed_ids_of
-from pipelines.manifest import Manifest, ManifestFile
+from pipelines.manifest_model import Manifest, ManifestFile
 from pipelines.pair_files import PairFileError, kept_mask
 from pipelines.pairs import (
     PairSchemaError,
@@ -242,7 +242,6 @@ def _facts_problems(path: str, file: ManifestFile, facts: FileFacts) -> Iterator
             f"but the manifest says {list(file.row_groups)}"
         )
         return
-    for item in file.excluded:
-        found = int(facts.pair_ids[item.row])
-        if found != item.pair_id:
-            yield f"{path}: row {item.row} is {found}, but the manifest excludes {item.pair_id}"
+    for row, pair_id in zip(file.excluded.rows, file.excluded.pair_ids, strict=True):
+        if (found := int(facts.pair_ids[row])) != pair_id:
+            yield f"{path}: row {row} is {found}, but the manifest excludes {pair_id}"

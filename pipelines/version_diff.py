@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.bounded import map_bounded
-from pipelines.manifest import Manifest, ManifestFile
+from pipelines.manifest_model import Manifest, ManifestFile
 from pipelines.storage import Store
 from pipelines.stored_rows import kept_places, read_columns, version_ids
 

@@ -5,9 +5,9 @@ import yaml
 
 from benchmarks.pair_bench import Result, compared, steady_rate
 from benchmarks.train import leaner
-from benchmarks.train_loops import rate_after
 from benchmarks.train_networks import Case, write_teacher
 from benchmarks.train_ours import ours
+from benchmarks.train_windows import rate_after, seconds_per_save
 from benchmarks.train_work import peak_between, weights_of
 from benchmarks.two_losses import compare
 
@@ -61,6 +61,12 @@ def test_the_rate_of_a_run_leaves_out_its_first_steps():
     assert rate_after(windows, 10, 10) == pytest.approx(300 / 5)
     with pytest.raises(ValueError, match="step 40"):
         rate_after(windows, 40, 10)
+
+
+def test_what_a_save_costs_is_told_from_a_machine_that_slows_down():
+    """Windows of 10, 11, 12 … s, and 3 and 2 s more after each save; one is due after every 4."""
+    windows = [10.0 + n + (3 * (n % 4 == 0) + 2 * (n % 4 == 1)) * (n >= 4) for n in range(15)]
+    assert seconds_per_save(windows, 4) == pytest.approx([5.0, 5.0])
 
 
 def test_the_peak_counts_what_was_held_before_and_not_what_was_freed_before():

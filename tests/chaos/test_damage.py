@@ -13,7 +13,8 @@ from jobs.cli import main
 from jobs.errors import Exit
 from pipelines.batches import PairFileError
 from pipelines.following import PairVersions
-from pipelines.manifest import Manifest, load_manifest, manifest_path
+from pipelines.manifest import load_manifest, manifest_path
+from pipelines.manifest_model import Manifest
 from pipelines.pins import Pins
 from pipelines.seal import SealError, seal_generation
 from pipelines.storage import Store, open_store

@@ -52,7 +52,7 @@ def _assert_version(root: Path, manifest: dict) -> None:
         assert len(content) == file["bytes"], path
         assert hashlib.sha256(content).hexdigest() == file["sha256"], path
         stored = pq.read_table(path, columns=["pair_id"])["pair_id"].to_pylist()
-        out = {item["row"] for item in file["excluded"]}
+        out = set(file["excluded"].get("rows", ()))
         ids += [pair_id for row, pair_id in enumerate(stored) if row not in out]
     assert len(set(ids)) == len(ids) == manifest["rows"], "a pair is there twice"
     asked = landed_table_ids(root, manifest["prompts_digest"])
@@ -63,7 +63,7 @@ def stored_ids(root: Path, manifest: dict) -> set[int]:
     """Of the rows that belong to the version."""
     found = set()
     for file in manifest["files"]:
-        out = {item["row"] for item in file["excluded"]}
+        out = set(file["excluded"].get("rows", ()))
         ids = pq.read_table(root / file["key"], columns=["pair_id"])["pair_id"].to_pylist()
         found |= {pair_id for row, pair_id in enumerate(ids) if row not in out}
     return found

@@ -24,7 +24,7 @@ from pipelines.costs import (
     pair_rate,
     step_rate,
 )
-from pipelines.manifest import generation_folder
+from pipelines.manifest_model import generation_folder
 from pipelines.storage import open_store
 from pipelines.train_config import TrainSection
 from tests.pipelines.sealed_sets import SECTION, teacher_set

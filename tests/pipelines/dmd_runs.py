@@ -22,7 +22,7 @@ from dmd_core.trainer import DmdTrainer
 from dmd_core.types import PairBatch
 from pipelines.config import PairsSection
 from pipelines.following import Follower, PairVersions
-from pipelines.manifest import Manifest
+from pipelines.manifest_model import Manifest
 from pipelines.pairs import encode_pairs, fingerprint_of
 from pipelines.seal import seal_generation
 from pipelines.step_data import PairSource, Progress, PromptSource, StepSource

@@ -11,14 +11,13 @@ import pyarrow.parquet as pq
 from dmd_core.files import write_atomic
 from dmd_core.teacher import teacher_revision
 from pipelines.config import PairsSection, StorageSection
-from pipelines.manifest import (
+from pipelines.manifest import commit_manifest, manifest_path
+from pipelines.manifest_model import (
     SCHEMA_VERSION,
-    ExcludedRow,
+    ExcludedRows,
     Manifest,
     ManifestBody,
     ManifestFile,
-    commit_manifest,
-    manifest_path,
 )
 from pipelines.pairs import Fingerprint, fingerprint_of, library_versions
 from pipelines.seal import Inspector
@@ -53,9 +52,8 @@ def commit_files(
                 sha256=facts.sha256,
                 rows=len(facts.pair_ids),
                 row_groups=facts.row_groups,
-                excluded=tuple(
-                    ExcludedRow(row=row, pair_id=int(facts.pair_ids[row]), reason="duplicate")
-                    for row in rows
+                excluded=ExcludedRows(
+                    rows=rows, pair_ids=facts.pair_ids[rows].tolist(), duplicates=rows
                 ),
             )
         )

@@ -8,7 +8,8 @@ import torch
 
 from pipelines import batches, pair_files, pair_order
 from pipelines.batches import PairFileError, PairReader, part_of_batch
-from pipelines.manifest import ManifestBody, commit_manifest
+from pipelines.manifest import commit_manifest
+from pipelines.manifest_model import SCHEMA_VERSION, ExcludedRows, ManifestBody
 from pipelines.pair_files import PairFiles
 from pipelines.seal import Inspector, seal_generation
 from pipelines.storage import open_store
@@ -169,10 +170,9 @@ def big_manifest(root, groups, rows_per_group):
         "sha256": "0" * 64,
         "rows": groups * rows_per_group,
         "row_groups": [rows_per_group] * groups,
-        "excluded": [],
     }
     body = ManifestBody(
-        schema_version=2,
+        schema_version=SCHEMA_VERSION,
         created_by={},
         fingerprint=FINGERPRINT.as_dict(),
         fingerprint_digest=FINGERPRINT.digest,
@@ -290,7 +290,7 @@ def test_pairs_of_two_shapes_in_one_version_are_named(root, sealed, monkeypatch)
     file = sealed.files[0].model_copy(
         update={
             "key": entry.key, "bytes": entry.bytes, "sha256": entry.sha256, "rows": 3,
-            "row_groups": entry.row_groups, "excluded": (),
+            "row_groups": entry.row_groups, "excluded": ExcludedRows(),
         }
     )  # fmt: skip
     manifest = sealed.model_copy(update={"files": (*sealed.files, file), "rows": ROWS + 3})

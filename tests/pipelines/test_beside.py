@@ -23,12 +23,12 @@ from pipelines.beside_results import (
     Evaluated,
     best,
     drop_results_after,
-    early_stop,
     kept_steps,
     pending_evaluations,
     read_results,
     update_best,
     waiting_steps,
+    without_gain,
     write_result,
 )
 from pipelines.beside_settings import EvaluationSection
@@ -91,27 +91,23 @@ def test_of_equal_values_the_earlier_is_the_best_and_no_value_never_is():
 
 
 @pytest.mark.parametrize(
-    ("values", "patience", "expected"),
+    ("values", "expected"),
     [
-        ([3.0, 2.0, 1.0], 1, False),
-        ([3.0, 2.0, 2.1], 1, True),
-        ([3.0, 2.0, 2.1], 2, False),
-        ([3.0, 2.0, 2.0, 2.5], 2, True),  # equal is no gain
-        ([3.0, 2.0, 2.1, 1.9], 1, False),  # better since, within the interval
-        ([None, None], 2, True),  # a diverged run has no finite value
-        ([1.0, 2.0, 3.0], None, False),
-        ([], 1, False),
+        ([3.0, 2.0, 1.0], 0),
+        ([3.0, 2.0, 2.1], 1),
+        ([3.0, 2.0, 2.0, 2.5], 2),  # equal is no gain
+        ([3.0, 2.0, 2.1, 1.9], 0),  # better since, within the interval
+        ([None, None], 2),  # a diverged run has no finite value
+        ([], 0),
     ],
 )
-def test_early_stop_counts_evaluations_without_a_better_value(values, patience, expected):
+def test_evaluations_without_a_better_value_are_counted(values, expected):
     found = [result(2 * i, value) for i, value in enumerate(values, 1)]
-    assert early_stop(found, "kid", patience) is expected
+    assert without_gain(found, "kid") == expected
 
 
-def test_early_stop_does_not_count_failures():
-    found = [result(2, 1.0), failed(4), failed(6), result(8, 2.0)]
-    assert not early_stop(found, "kid", 2)
-    assert early_stop(found, "kid", 1)
+def test_failed_evaluations_do_not_count_as_without_gain():
+    assert without_gain([result(2, 1.0), failed(4), failed(6), result(8, 2.0)], "kid") == 1
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from pipelines.batches import PairFileError
 from pipelines.dataset_pins import pin_versions
 from pipelines.inspection import inspect_dataset
 from pipelines.lease import hold_lease
-from pipelines.manifest import ExcludedRow, load_manifest, manifest_path, void_next_number
+from pipelines.manifest import load_manifest, manifest_path, void_next_number
+from pipelines.manifest_model import ExcludedRows
 from pipelines.pairs import decode_pairs
 from pipelines.reintegration import verify_rows
 from pipelines.rejects import RejectedRow, write_rejects
@@ -206,7 +207,7 @@ def test_ids_that_do_not_make_the_version_are_named(root):
     ):
         assert expected in found
     item = whole.files[0].model_copy(
-        update={"excluded": (ExcludedRow(row=0, pair_id=1, reason="duplicate"),)}
+        update={"excluded": ExcludedRows(rows=(0,), pair_ids=(1,), duplicates=(0,))}
     )
     wrong = whole.model_copy(update={"files": (item, whole.files[1]), "rows": 5})
     assert "row 0 is 0, but the manifest excludes 1" in check_files(root, wrong).problems[0]
@@ -219,7 +220,7 @@ def brute_force(root, manifest):
     """id → (file, place, the row without its id)."""
     rows = {}
     for file in manifest.files:
-        ids = {item.row for item in file.excluded}
+        ids = set(file.excluded.rows)
         with root.fs.open(root.path(file.key), "rb") as stream:
             table = pa.parquet.read_table(io.BytesIO(stream.read()))
         batch, columns = decode_pairs(table), table.drop_columns(["pair_id"]).to_pylist()

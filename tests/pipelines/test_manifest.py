@@ -1,3 +1,4 @@
+import hashlib
 import json
 import subprocess
 import sys
@@ -10,8 +11,6 @@ from pipelines import commits
 from pipelines import manifest as module
 from pipelines.commits import StoreError
 from pipelines.manifest import (
-    SCHEMA_VERSION,
-    ManifestBody,
     ManifestError,
     commit_manifest,
     find_sealed,
@@ -21,6 +20,7 @@ from pipelines.manifest import (
     log_numbers,
     void_next_number,
 )
+from pipelines.manifest_model import SCHEMA_VERSION, ExcludedRows, ManifestBody
 from pipelines.storage import Store, open_store
 from tests.pipelines.made_pairs import FINGERPRINT
 
@@ -32,7 +32,7 @@ def file_entry(name="a.parquet", **changes):
         "sha256": "0" * 64,
         "rows": 4,
         "row_groups": [3, 1],
-        "excluded": [{"row": 2, "pair_id": 9, "reason": "duplicate"}],
+        "excluded": {"rows": [2], "pair_ids": [9], "duplicates": [2]},
     }
     return {**entry, **changes}
 
@@ -243,10 +243,17 @@ def test_keys_outside_the_generation_are_refused(key):
         ({"files": [file_entry(), file_entry()], "rows": 6}, "listed twice"),
         ({"files": [file_entry(bytes=1 << 60)]}, "less than"),
         ({"fingerprint_digest": "0" * 64}, "not the digest of fingerprint"),
-        ({"schema_version": 1}, "this program reads 2"),
-        (
-            {"files": [file_entry(excluded=[{"row": 4, "pair_id": 1, "reason": "duplicate"}])]},
-            "ascending within 4 rows",
+        ({"schema_version": 1}, "this program reads 2 and 3"),
+        *(
+            ({"files": [file_entry(excluded=excluded)]}, message)
+            for excluded, message in (
+                ({"rows": [4], "pair_ids": [1]}, "ascending within 4 rows"),
+                ({"rows": [-1], "pair_ids": [1]}, "ascending within 4 rows"),
+                ({"rows": [2, 1], "pair_ids": [1, 2]}, "ascending within 4 rows"),
+                ({"rows": [1, 1], "pair_ids": [1, 2]}, "ascending within 4 rows"),
+                ({"rows": [1, 2], "pair_ids": [1]}, "2 excluded rows have 1 ids"),
+                ({"rows": [1], "pair_ids": [1], "duplicates": [2]}, "some of the excluded rows"),
+            )
         ),
         ({"surprise": 1}, "Extra inputs"),
     ],
@@ -254,6 +261,26 @@ def test_keys_outside_the_generation_are_refused(key):
 def test_inconsistent_manifests_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         body(**changes)
+
+
+def test_a_manifest_of_the_schema_before_keeps_its_digest_and_its_rows(root):
+    """It lists the rows that are left out one by one, with a reason each."""
+    listed = [
+        {"row": 1, "pair_id": 7, "reason": "not asked for"},
+        {"row": 3, "pair_id": 9, "reason": "duplicate"},
+    ]
+    old = content(schema_version=2, files=[file_entry(excluded=listed)], rows=2)
+    raw = json.dumps(old | {"version": 1, "commit_id": "0" * 32}, indent=1).encode()
+    path = module.manifest_path(root, 1)
+    root.fs.makedirs(root.path("manifests"))
+    root.fs.pipe_file(path, raw)
+    manifest = load_manifest(root, 1)
+    assert manifest.files[0].excluded == ExcludedRows(rows=(1, 3), pair_ids=(7, 9), duplicates=(3,))
+    assert manifest.digest == hashlib.sha256(raw).hexdigest()
+    listed[0]["reason"] = "mood"
+    root.fs.pipe_file(path, json.dumps(old | {"version": 1, "commit_id": "0" * 32}).encode())
+    with pytest.raises(ManifestError, match=r"000001\.json is not a valid manifest: files\.0"):
+        load_manifest(root, 1)
 
 
 def test_damaged_and_missing_manifests_are_named(root):

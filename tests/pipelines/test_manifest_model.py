@@ -25,10 +25,7 @@ from pipelines.commits import StoreError
 from pipelines.dataset_pins import pin_versions, unpin
 from pipelines.lease import Lease, LeaseHeldError, LeaseLostError, hold_lease
 from pipelines.manifest import (
-    SCHEMA_VERSION,
-    ManifestBody,
     ManifestError,
-    ManifestFile,
     commit_manifest,
     latest_of,
     list_versions,
@@ -36,6 +33,7 @@ from pipelines.manifest import (
     log_numbers,
     void_next_number,
 )
+from pipelines.manifest_model import SCHEMA_VERSION, ManifestBody, ManifestFile
 from pipelines.seal import data_keys
 from pipelines.storage import Store, open_store
 from tests.faulty_store import Gate, Killed, StoreFault, Turn, What, gated
@@ -165,7 +163,6 @@ class VersionLog(RuleBasedStateMachine):
                     sha256=digest,
                     rows=1,
                     row_groups=(1,),
-                    excluded=(),
                 )
             )
         if not entries:

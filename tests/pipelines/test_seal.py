@@ -7,6 +7,7 @@ import pytest
 from dmd_core.files import write_atomic
 from pipelines.lease import hold_lease
 from pipelines.manifest import list_versions
+from pipelines.manifest_model import ExcludedRows
 from pipelines.rejects import RejectedRow, RejectFileError, write_rejects
 from pipelines.seal import MissingRowsError, SealError, seal_generation
 from pipelines.storage import open_store
@@ -59,10 +60,9 @@ def test_the_first_file_in_name_order_keeps_a_row_that_is_stored_twice(root):
     write_file(root, "c-0.parquet", [1, 2])
     manifest = seal_generation(root, FINGERPRINT, land_ids(root, [1, 2, 3, 4]))
     names = [file.key.rsplit("/", 1)[-1] for file in manifest.files]
-    excluded = [[(e.row, e.pair_id, e.reason) for e in file.excluded] for file in manifest.files]
-    assert dict(zip(names, excluded, strict=True)) == {
-        "a-0.parquet": [(1, 9, "not asked for"), (3, 3, "duplicate")],
-        "b-0.parquet": [(2, 3, "duplicate"), (3, 4, "duplicate")],
+    assert dict(zip(names, (file.excluded for file in manifest.files), strict=True)) == {
+        "a-0.parquet": ExcludedRows(rows=(1, 3), pair_ids=(9, 3), duplicates=(3,)),
+        "b-0.parquet": ExcludedRows(rows=(2, 3), pair_ids=(3, 4), duplicates=(2, 3)),
     }
     assert manifest.excluded_files == (f"{FINGERPRINT.folder}/data/c-0.parquet",)
     assert manifest.rows == 4
@@ -107,7 +107,7 @@ def test_rows_of_an_earlier_version_stay_where_they_are(root):
     assert seal_generation(root, FINGERPRINT, land_ids(root, range(4))).files == first.files
     grown = seal_generation(root, FINGERPRINT, land_ids(root, [*range(4), 9]))
     assert grown.files[0] == first.files[0]
-    assert [item.pair_id for item in grown.files[1].excluded] == [2, 3]
+    assert grown.files[1].excluded.pair_ids == (2, 3)
 
 
 def test_a_generation_without_a_usable_pair_is_not_sealed(root):

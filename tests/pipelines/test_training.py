@@ -12,7 +12,8 @@ from dmd_core.teacher import load_teacher, teacher_revision
 from pipelines.config import PairsSection, StorageSection
 from pipelines.dataset_pins import read_pins
 from pipelines.lease import hold_lease
-from pipelines.manifest import Manifest, load_manifest
+from pipelines.manifest import load_manifest
+from pipelines.manifest_model import Manifest
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store, open_store
 from pipelines.train_config import TrainSection
