@@ -1,13 +1,13 @@
 """The next step's data, drawn while this step trains."""
 
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from dmd_core.step_types import StepData
 from pipelines.step_data import PairSource, Progress, StepSource
 from pipelines.train_config import StageKeys
+from pipelines.workers import set_threads
 
 
 class _Request(NamedTuple):
@@ -18,13 +18,16 @@ class _Request(NamedTuple):
 class Prefetcher:
     """`draw` as `StepSource.draw`, one step ahead.
 
-    Everything is drawn by one thread, also what was not foreseen: torch's thread count is one of
-    the thread, and with it the last bits of a sum. `start` is called by that thread, once.
+    Everything is drawn by one thread, also what was not foreseen: how many threads torch may use is
+    a setting of each thread, and the last bits of a sum follow from it. It is one here: a team of
+    OpenMP threads beside that of the step would wait, spinning, on the cores that the step needs.
     """
 
-    def __init__(self, source: StepSource, start: Callable[[], None]) -> None:
+    def __init__(self, source: StepSource) -> None:
         self._source = source
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="data", initializer=start)
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="data", initializer=set_threads, initargs=(1,)
+        )
         self._ahead: tuple[_Request, Future[StepData]] | None = None
         self.waited_s = 0.0  # since the reader last set it to 0
 

@@ -75,7 +75,7 @@ class _DmdRun:
         )
         self.trainer = DmdTrainer(self.networks, self.inputs.unconditional())
         source = self.inputs.source(timesteps=len(self.networks.timesteps))
-        self.data = Prefetcher(source, lambda: set_threads(self.section.threads_per_worker))
+        self.data = Prefetcher(source)
         self.follower = self.inputs.follower(config.get("pin"))
         self.plan, self.lr_factor = self.section.plan(), lr_factor(self.section)
         task = config.get("evaluation")
