@@ -1,6 +1,6 @@
 """Which settings make a run what it is."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 # Settings that may change when a run goes on; any other change is another run.
@@ -10,7 +10,7 @@ MAY_CHANGE = {
     "ray",
     "cost",
     "evaluate",
-    "train_teacher",
+    "train_teacher",  # `dmd train-teacher` keeps its own record: TEACHER_MAY_CHANGE
     "train.max_train_steps",
     "train.num_workers",
     "train.use_gpu",
@@ -49,6 +49,30 @@ MAY_CHANGE = {
 
 # Where a run's inputs lie: what is found there is held against digests that the run kept.
 PLACES = {"teacher", "pairs.root"}
+
+# Settings that may change when the training of a teacher goes on.
+TEACHER_MAY_CHANGE = {
+    "train_teacher.output",
+    "train_teacher.unet_steps",
+    "train_teacher.num_workers",
+    "train_teacher.use_gpu",
+    "train_teacher.placement",
+    "train_teacher.threads_per_worker",
+    "train_teacher.max_failures",
+    "train_teacher.checkpointing_steps",
+    "train_teacher.logging_steps",
+}
+
+
+def changed_settings(
+    then: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str]
+) -> list[str]:
+    """What differs between two sets of flat settings and may not, as "key: old → new"."""
+    return [
+        f"{key}: {then.get(key)!r} → {now.get(key)!r}"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key) and not is_one_of(key, may_change)
+    ]
 
 
 def is_one_of(key: str, prefixes: Collection[str]) -> bool:

@@ -17,7 +17,7 @@ from jobs.config import Recipe, dump_recipe, load_recipe, resolve_shipped
 from jobs.display import Display, loss_fields
 from jobs.errors import Exit, JobError
 from jobs.quiet import redirected_output
-from jobs.run_settings import MAY_CHANGE, PLACES, flat_settings, is_one_of
+from jobs.run_settings import MAY_CHANGE, PLACES, changed_settings, flat_settings
 from pipelines.storage import Store, check_writable, open_store
 
 _LIBRARIES = ("ray", "torch", "diffusers", "transformers", "pyarrow", "s3fs", "numpy")
@@ -86,11 +86,7 @@ class Session:
         defaults = yaml.safe_load(dump_recipe(Recipe()))  # of keys that a later release added
         then = flat_settings(defaults) | flat_settings(yaml.safe_load(self.store.fs.cat_file(path)))
         now = flat_settings(yaml.safe_load(dump_recipe(self.recipe)))
-        changed = [
-            f"{key}: {then.get(key)!r} → {now.get(key)!r}"
-            for key in sorted(then.keys() | now.keys())
-            if then.get(key) != now.get(key) and not is_one_of(key, may_change)
-        ]
+        changed = changed_settings(then, now, may_change)
         if changed and self._has_work():
             raise JobError(
                 f"{self.store.url} holds a run with other settings ({'; '.join(changed)}). "

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from dmd_core.checkpoint import committed_steps
-from jobs.config import resolve_shipped
+from jobs.config import Recipe, resolve_shipped
 from jobs.errors import Exit, JobError
 from jobs.placement import check_room, teacher_training_demand
+from jobs.run_settings import TEACHER_MAY_CHANGE, changed_settings, flat_settings
 from jobs.session import Session
 from pipelines.config import TeacherTrainSection
 from pipelines.costs import Work, estimate, teacher_step_rate
 from pipelines.storage import open_store
 
 CHECKPOINTS = "teacher_checkpoints"
+SETTINGS = "teacher_settings.json"  # those that the checkpoints were trained with
 CARD = "README.md"
 
 
@@ -26,13 +28,14 @@ def run(session: Session) -> dict[str, Any]:
     """Train the networks, write the pipeline folder with its model card (and gallery)."""
     section = _section(session)
     _check_data(session, section)
+    _check_settings(session)
     session.open_run()
-    total = section.total_steps
-    if (Path(section.output) / CARD).exists():
-        steps = committed_steps(session.store.fs, session.store.path(CHECKPOINTS))
-        if steps and steps[-1] >= total:
-            session.display.done(f"train-teacher: nothing to do, {section.output} is complete")
-            return {"teacher": section.output, "trained": False}
+    total, trained = section.total_steps, _trained_steps(session)
+    if trained >= total and (Path(section.output) / CARD).exists():
+        session.display.done(f"train-teacher: nothing to do, {section.output} is complete")
+        return {"teacher": section.output, "trained": False}
+    if not trained:
+        session.write_json(SETTINGS, _settings(session.recipe))
     from pipelines.workers import run_worker_group
 
     started = time.monotonic()
@@ -69,6 +72,7 @@ def plan(session: Session) -> dict[str, Any]:
     """What `run` would do; touches nothing."""
     section = _section(session)
     _check_data(session, section)
+    _check_settings(session)
     vae_steps = section.total_steps - section.unet_steps
     workers, cost = section.num_workers, session.recipe.cost
     work = Work(section.total_steps, 1, workers, float(workers * section.use_gpu))
@@ -114,11 +118,50 @@ def _check_data(session: Session, section: TeacherTrainSection) -> None:
         dataset_digest(open_store(section.pixel.path, session.recipe.storage))
 
 
+def _trained_steps(session: Session) -> int:
+    """So many steps are in the newest checkpoint; 0: there is none."""
+    steps = committed_steps(session.store.fs, session.store.path(CHECKPOINTS))
+    return steps[-1] if steps else 0
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    section = recipe.train_teacher.model_dump(mode="json")
+    return {"run": {"seed": recipe.run.seed}, "train_teacher": section}
+
+
+def _check_settings(session: Session) -> None:
+    """Refuse to go on with a teacher, or to take it for finished, under settings that it was not
+    trained with. One without a record was begun by a release that kept none: it goes on."""
+    trained, kept = _trained_steps(session), session.read_json(SETTINGS)
+    if not trained or kept is None:
+        return
+    # Defaults: of keys that a later release added.
+    then = flat_settings(_settings(Recipe())) | flat_settings(kept)
+    changed = changed_settings(then, flat_settings(_settings(session.recipe)), TEACHER_MAY_CHANGE)
+    if changed:
+        raise JobError(
+            f"{session.store.url} holds a teacher of other settings ({'; '.join(changed)}). Give "
+            "its own recipe (--config), use another folder (--set run.dir=…), or remove "
+            f"{session.store.url}/{CHECKPOINTS} to start afresh.",
+            Exit.REFUSED,
+        )
+    total = session.recipe.train_teacher.total_steps
+    if trained > total:
+        raise JobError(
+            f"{session.store.url} holds a teacher of {trained} steps; expected train_teacher."
+            f"unet_steps that make at least as many, these make {total}",
+            Exit.REFUSED,
+        )
+
+
 def _section(session: Session) -> TeacherTrainSection:
     section = session.recipe.train_teacher
-    output = section.output or session.store.path("teacher")
+    output = section.output or session.store.at("teacher").url
     if output.startswith("s3://"):
-        raise JobError(f"train_teacher.output is {output}; expected a local folder", Exit.USAGE)
+        raise JobError(
+            f"train_teacher.output is {output}; expected a local folder (empty: <run.dir>/teacher)",
+            Exit.USAGE,
+        )
     start_from = section.start_from and resolve_shipped(section.start_from)
     pixel = section.pixel
     if section.data == "cifar10":  # workers may have another working directory
@@ -126,7 +169,7 @@ def _section(session: Session) -> TeacherTrainSection:
         pixel = pixel.model_copy(update={"path": path})
     changes = {"output": output, "start_from": start_from, "pixel": pixel}
     section = section.model_copy(update=changes)
-    if start_from and not committed_steps(session.store.fs, session.store.path(CHECKPOINTS)):
+    if start_from and not _trained_steps(session):
         _check_start(section)
     return section
 
