@@ -4,8 +4,6 @@ Kept in `pins.json` of the run's folder, so that the same command reads the same
 """
 
 import errno
-import hashlib
-import json
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -133,8 +131,7 @@ def _observe(session: Session, default: int | None) -> Pins:
     source = _prompt_source(session, default)
     if source is None:
         return pins
-    prompts = read_prompts(source, session.recipe.storage).prompts
-    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    digest = read_prompts(source, session.recipe.storage).digest
     return replace(pins, prompts=source.files, prompt_column=source.column, prompts_digest=digest)
 
 

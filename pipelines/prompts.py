@@ -62,6 +62,11 @@ class PromptList:
     prompts: tuple[str, ...]
     duplicates: int
 
+    @property
+    def digest(self) -> str:
+        """Names the list, so that a resumed run knows it reads the same one."""
+        return hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()
+
 
 def land_prompts(
     source: PromptSource | str,

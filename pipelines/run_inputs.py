@@ -7,6 +7,7 @@ from typing import Any
 import ray.train
 import torch
 
+from dmd_core.checkpoint import CheckpointError
 from dmd_core.condition import Condition
 from dmd_core.decoder import decoded, load_decoder
 from dmd_core.losses import REGRESSION_LOSSES, Distance, regression_distance
@@ -18,11 +19,17 @@ from pipelines.following import FollowedPrompts, Follower, NewerVersions, PairVe
 from pipelines.memory_plan import most_at_once
 from pipelines.pair_fit import PairFit
 from pipelines.pins import Pins
-from pipelines.prompts import read_prompts
+from pipelines.prompts import PromptList, read_prompts
 from pipelines.sample_pictures import SamplePictures
 from pipelines.step_data import StepSource
 from pipelines.storage import Store, open_store
-from pipelines.streams import PictureStream, PromptStream, open_pictures
+from pipelines.streams import (
+    PictureRef,
+    PictureStream,
+    PromptStream,
+    open_pictures,
+    pictures_digest,
+)
 from pipelines.teacher_source import local_teacher
 from pipelines.train_config import StageKeys, TrainSection
 from pipelines.workers import Group
@@ -64,6 +71,9 @@ class RunInputs:
         return self.teacher.encode_negatives([self.pairs_section.negative_prompt])
 
     def source(self, *, timesteps: int) -> StepSource:
+        """All workers call it. Raises `CheckpointError` for prompts or pictures that are not those
+        the run was started with."""
+        self._refuse_changed()
         return StepSource(
             self.teacher,
             seed=self.seed,
@@ -101,25 +111,49 @@ class RunInputs:
 
     @cached_property
     def sample_pictures(self) -> SamplePictures:
-        prompts = () if self.versions.segments else self._prompts()
+        prompts = () if self.versions.segments else self._prompts.prompts
         return SamplePictures(
             self.teacher, self.pairs_section, self.versions, prompts,
             count=self.section.num_validation_images, seed=self.seed,
             at_once=most_at_once(self.section),
         )  # fmt: skip
 
-    def _prompts(self) -> tuple[str, ...]:
-        return tuple(read_prompts(self.pins.prompt_source, self._storage).prompts)
+    @cached_property
+    def _prompts(self) -> PromptList:
+        return read_prompts(self.pins.prompt_source, self._storage)
+
+    @cached_property
+    def _pictures(self) -> tuple[Store, tuple[PictureRef, ...]]:
+        return open_pictures(self.section.real_pictures, self._storage)
+
+    def _refuse_changed(self) -> None:
+        """Every start of the workers reads prompts and pictures anew. What one worker finds changed
+        is refused by all: else the others would wait for it."""
+        pins, pictures = self.pins, self.section.real_pictures
+        prompts = bool(pins.prompts_digest) and self._prompts.digest != pins.prompts_digest
+        listed = bool(pins.pictures_digest) and (
+            pictures_digest(self._pictures[1]) != pins.pictures_digest
+        )
+        found = torch.tensor([prompts, listed], dtype=torch.int32, device=self.teacher.device)
+        if self._group.size > 1:
+            torch.distributed.all_reduce(found)
+        names = (f"the prompts of {', '.join(pins.prompts)}", f"the list of pictures in {pictures}")
+        changed = [name for name, count in zip(names, found.tolist(), strict=True) if count]
+        if changed:
+            raise CheckpointError(
+                f"{' and '.join(changed)} changed since {self.store.url} was started; put back "
+                "what was there and run the same command again, or use another run.dir"
+            )
 
     def _prompt_stream(self) -> PromptStream | FollowedPrompts:
         if not self.pins.prompts:
             return FollowedPrompts(self.versions)
-        return PromptStream(self._prompts(), stable_seed(self.seed, "prompts"))
+        return PromptStream(self._prompts.prompts, stable_seed(self.seed, "prompts"))
 
     def _picture_stream(self) -> PictureStream | None:
         if not self.section.uses_gan:
             return None
-        store, refs = open_pictures(self.section.real_pictures, self._storage)
+        store, refs = self._pictures
         size = self.teacher.geometry.pixels(self.shape)
         seed = stable_seed(self.seed, "pictures")
         return PictureStream(store, refs, self.teacher.encode, size, seed)
