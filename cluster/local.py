@@ -10,7 +10,9 @@ import ray
 def cluster_address(given: str | None) -> str | None:
     """The cluster to connect to: the given one, or that of RAY_ADDRESS, which Ray sets for its
     jobs; None: there is none. A job server's URL in RAY_ADDRESS is for `dmd submit` alone."""
-    named = given or os.environ.get("RAY_ADDRESS") or None
+    if given:
+        return given
+    named = os.environ.get("RAY_ADDRESS") or None
     return None if named is not None and named.startswith(("http://", "https://")) else named
 
 

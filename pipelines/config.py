@@ -84,6 +84,16 @@ class RaySection(Section):
         "waited for with a warning (empty), or refused (false, and always by an embedded Ray)",
     )
 
+    @field_validator("address")
+    @classmethod
+    def _no_job_server(cls, address: str | None) -> str | None:
+        if address and address.startswith(("http://", "https://")):
+            raise ValueError(
+                "a job server's URL; expected host:port or auto. To run on that cluster, use "
+                "`dmd submit --address`"
+            )
+        return address
+
 
 class TeacherSection(Section):
     """The teacher: a diffusers pipeline, from wherever it lies (docs/teachers.md)."""

@@ -32,6 +32,14 @@ def test_an_endpoint_holds_no_credentials_and_an_error_does_not_repeat_them(tmp_
     assert recipe.storage.endpoint_url == "http://minio:9000"
 
 
+@pytest.mark.parametrize("address", ["http://head:8265", "https://ray.example.org"])
+def test_a_job_server_is_no_cluster_to_run_on(tmp_path, address):
+    message = _error(tmp_path, f"ray: {{address: '{address}'}}")
+    assert "ray.address" in message and "use `dmd submit --address`" in message
+    assert "ray.address" in _error(tmp_path, "run: {}", f"ray.address={address}")
+    assert load_recipe("tiny", ["ray.address=head:6379"]).ray.address == "head:6379"
+
+
 def test_a_bare_no_means_no(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("train: {mixed_precision: no}")

@@ -203,6 +203,7 @@ def test_work_goes_where_the_recipe_says_and_the_head_has_none(tiny_teacher_dir,
         (None, "http://head:8265", None),  # for `dmd submit`
         (None, "10.0.0.1:6379", "10.0.0.1:6379"),
         ("auto", "10.0.0.1:6379", "auto"),
+        ("http://head:8265", None, "http://head:8265"),  # nobody's embedded Ray, whoever asks
     ],
 )
 def test_a_job_server_is_no_cluster_to_connect_to(monkeypatch, given, environment, expected):
