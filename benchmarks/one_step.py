@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jobs.config import resolve_shipped
 from jobs.errors import JobError
-from jobs.export import EXPORTED
+from jobs.export import EXPORTED, check_student
 from jobs.session import open_session
 from pipelines.prompts import read_prompts
 from pipelines.systems import Networks, SamplingPlan
@@ -34,12 +34,12 @@ def main() -> int:
         exported = session.read_json(EXPORTED)
         if exported is None:
             raise JobError(f"{session.store.url} has no student; run `dmd demo` first")
-        recipe = session.recipe
+        folder, recipe = check_student(session, exported), session.recipe
         timing = measure_speed(
             SamplingPlan.from_sections(
                 recipe.evaluate, recipe.pairs, recipe.train.student_timesteps
             ),
-            Networks(session.teacher_url, exported["student"], recipe.storage),
+            Networks(session.teacher_url, folder, recipe.storage),
             read_prompts(resolve_shipped(recipe.evaluate.prompts), recipe.storage).prompts,
             options.repeats,
         )

@@ -13,7 +13,7 @@ from dmd_core.families import guidance_distilled
 from dmd_core.teacher import teacher_revision
 from jobs.config import resolve_shipped
 from jobs.errors import JobError
-from jobs.export import EXPORTED, check_teacher_revision
+from jobs.export import EXPORTED, check_student, check_teacher_revision
 from jobs.pins import pinned_manifest
 from jobs.placement import DATA_CPUS, check_room, evaluate_demand
 from jobs.session import Session
@@ -62,9 +62,10 @@ def run(session: Session) -> dict[str, Any]:
     check_teacher_revision(
         session, teacher_revision(session.teacher_dir), exported["teacher_revision"]
     )
+    student = check_student(session, exported)
     networks = Networks(
         teacher=session.teacher_url,
-        student=exported["student"],
+        student=student,
         storage=recipe.storage,
         mean=_mean_latents(session),
         device="cuda" if recipe.evaluate.gpus_per_actor else "cpu",
@@ -80,6 +81,7 @@ def run(session: Session) -> dict[str, Any]:
             networks=networks,
             prompts=prompts,
             student_timesteps=recipe.train.student_timesteps,
+            revisions={key: exported[key] for key in ("teacher_revision", "student_revision")},
             provenance={"inputs": inputs, "versions": session.read_json("versions.json")},
             on_progress=lambda done, total: board.set.remote(done=done, total=total),
         )

@@ -12,8 +12,15 @@ from jobs.errors import Exit, JobError
 from jobs.session import Session
 from pipelines.beside_results import BEST
 from pipelines.commits import delete_if_there
+from pipelines.local_folders import nearby
 from pipelines.run_folder import CHECKPOINTS
-from pipelines.student_export import called_at, export_checkpoint, load_student, weights_kind
+from pipelines.student_export import (
+    called_at,
+    checkpoint_digest,
+    export_checkpoint,
+    load_student,
+    weights_kind,
+)
 
 STUDENT, EXPORTED = "student", "student.json"
 LAST_CHECKPOINT, BEST_CHECKPOINT = "last", "best"
@@ -30,17 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Export the chosen checkpoint; nothing to do when that one is exported already."""
+    """Export the chosen checkpoint; nothing to do when that one is exported already. Returns the
+    content of student.json, and where the student is: not in the file, for a run may be moved."""
     store = session.store
+    place = {"student": store.at(STUDENT).url}
     steps = committed_steps(store.fs, store.path(CHECKPOINTS))
     if not steps:
         raise JobError(f"{store.url} has no checkpoint; run `dmd train` with this recipe first")
     session.check_settings()
     step, why = _chosen(session, steps)
-    done = _exported(session)
-    if done is not None and done["step"] == step:
-        session.display.done(f"export: nothing to do, step {step} is in {done['student']}")
-        return done
+    done, digest = _exported(session), checkpoint_digest(store, step)
+    if done is not None and (done["step"], done.get("checkpoint_digest")) == (step, digest):
+        session.display.done(f"export: nothing to do, step {step} is in {place['student']}")
+        return done | place
     checkpoint, pairs = load_student(store, CHECKPOINTS, step), session.recipe.pairs
     teacher = load_teacher(session.teacher_dir, size=(pairs.height, pairs.width))
     check_teacher_revision(session, teacher.revision, checkpoint.state["teacher_revision"])
@@ -57,16 +66,16 @@ def run(session: Session) -> dict[str, Any]:
     result = {
         "step": step,
         "checkpoint": why,
+        "checkpoint_digest": digest,
         "num_inference_steps": len(called_at(session.recipe.train, teacher)),
         "weights": weights_kind(checkpoint),
-        "student": store.path(STUDENT) if is_local(store.fs) else f"{store.url}/{STUDENT}",
         "pairs_digest": checkpoint.state["pairs_digest"],
         "teacher_revision": teacher.revision,
         "student_revision": revision,
     }
     session.write_json(EXPORTED, result)
-    session.display.done(f"export: step {step} ({why}) → {result['student']}")
-    return result
+    session.display.done(f"export: step {step} ({why}) → {place['student']}")
+    return result | place
 
 
 def plan(session: Session) -> dict[str, Any]:
@@ -88,6 +97,24 @@ def check_teacher_revision(session: Session, found: str, trained: str) -> None:
             f"{session.store.url} was trained from {trained[:12]}…; give that teacher",
             Exit.REFUSED,
         )
+
+
+def check_student(session: Session, exported: dict[str, Any]) -> str:
+    """The URL of the student in the run's folder. Refuses one that is not that of `exported`, the
+    content of student.json."""
+    student, store = session.store.at(STUDENT), session.store
+    if not store.fs.exists(student.path("model_index.json")):
+        raise JobError(f"{student.url} is gone; run `dmd export` with this recipe again")
+    found, expected = teacher_revision(nearby(student)), exported.get("student_revision")
+    if expected is None:  # by a release that did not take it
+        raise JobError(f"{store.url}/{EXPORTED} has no student_revision; run `dmd export` again")
+    if found != expected:
+        raise JobError(
+            f"{student.url} has revision {found[:12]}…, {EXPORTED} beside it is of "
+            f"{expected[:12]}…: the student was changed after its export. Remove {EXPORTED}, and "
+            "run `dmd export` again"
+        )
+    return student.url
 
 
 def _exported(session: Session) -> dict[str, Any] | None:

@@ -176,7 +176,7 @@ def _publish(chain: Chain) -> dict[str, Any]:
     session, store = chain.session, chain.run.store
     results = {
         "training": store.url,
-        "student": chain.kept(export.EXPORTED)["student"],
+        "student": store.at(export.STUDENT).url,
         "report": chain.kept(report.STATE)["report"],
     }
     if session.read_json(LATEST) != results:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dmd_core.checkpoint import MARKER, checkpoint_path, committed_steps, read_state
+from dmd_core.checkpoint import committed_steps, read_state
 from jobs import evaluate, export, regenerate, report, train
 from jobs.config import resolve_shipped
 from jobs.pipeline_base import Chain, Step
@@ -26,6 +26,7 @@ from pipelines.prompts import PromptSource
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store
 from pipelines.stored_images import stored_whole
+from pipelines.student_export import checkpoint_digest
 
 # Who does the work, and how patiently: no row and no weight follows from it.
 _PAIRS_WORK = ("actors", "attempts", "lease_seconds", "cpus_per_actor", "gpus_per_actor")
@@ -87,7 +88,7 @@ class Train(Step):
         segments = state["pairs_segments"]
         return {
             "step": steps[-1],
-            "checkpoint": _checkpoint_digest(store, steps[-1]),
+            "checkpoint": checkpoint_digest(store, steps[-1]),
             "best_step": (chain.run.read_json(BEST) or {}).get("step"),
             "pairs_digest": segments[-1]["digest"] if segments else "",
         }
@@ -124,7 +125,7 @@ class Export(Step):
         step = export.plan(chain.run)["checkpoint_step"]
         return {
             "step": step,
-            "checkpoint": _checkpoint_digest(chain.run.store, step),
+            "checkpoint": checkpoint_digest(chain.run.store, step),
             "teacher": chain.teacher_revision,
         }
 
@@ -210,13 +211,6 @@ def _prompts_digest(source: PromptSource, storage: Any) -> str:
     """Of the bytes of the files, whatever their names."""
     files = list_files(source, storage)
     return _digest([source.column, [[file.kind, hash_file(file)] for file in files]])
-
-
-def _checkpoint_digest(store: Store, step: int) -> str:
-    """The marker holds the size and sha256 of every file of the checkpoint."""
-    path = f"{checkpoint_path(store.path(CHECKPOINTS), step)}/{MARKER}"
-    marker: Any = store.fs.cat_file(path)
-    return hashlib.sha256(marker).hexdigest()
 
 
 def _sizes(store: Store) -> dict[str, int]:

@@ -70,12 +70,14 @@ def evaluate(
     networks: Networks,
     prompts: Sequence[str],
     student_timesteps: tuple[int, ...] | None = None,
+    revisions: dict[str, str] | None = None,
     provenance: dict[str, Any],
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Sample, measure, write `<run>/metrics.json`, return its content. Ray must be initialised.
 
-    `prompts` are the held-out ones; `networks.mean` None leaves the mean picture out;
+    `prompts` are the held-out ones; `networks.mean` None leaves the mean picture out; `revisions`
+    (teacher_revision, student_revision) are taken here unless the caller has them;
     `provenance` (versions, manifest digest, checkpoint …) is recorded as it is.
     """
     judge = Judge.of(section, networks.storage)
@@ -83,7 +85,7 @@ def evaluate(
     if section.clip_model:  # before hours of sampling
         clip_folder(section.clip_model, networks.storage)
     plan, local = SamplingPlan.from_sections(section, pairs, student_timesteps), networks.local()
-    revisions = {
+    revisions = revisions or {
         "teacher_revision": teacher_revision(local.teacher),
         "student_revision": teacher_revision(local.student),
     }

@@ -1,17 +1,32 @@
 """From a run's checkpoint to its student as a diffusers pipeline folder on this machine's disk."""
 
+import hashlib
 from typing import Any
 
 import torch
 
-from dmd_core.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from dmd_core.checkpoint import (
+    MARKER,
+    Checkpoint,
+    CheckpointError,
+    checkpoint_path,
+    load_checkpoint,
+)
 from dmd_core.export import export_student
 from dmd_core.teacher import Teacher
+from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store
 from pipelines.train_config import TrainSection
 from pipelines.train_settings import lora_settings
 
 AVERAGE, LAST = "moving average", "last step"
+
+
+def checkpoint_digest(store: Store, step: int) -> str:
+    """sha256 of the marker of the run's checkpoint `step`, which holds the size and sha256 of every
+    file: after a rollback the same step is another checkpoint. Raises `FileNotFoundError`."""
+    marker: Any = store.fs.cat_file(f"{checkpoint_path(store.path(CHECKPOINTS), step)}/{MARKER}")
+    return hashlib.sha256(marker).hexdigest()
 
 
 def load_student(store: Store, folder: str, step: int) -> Checkpoint:

@@ -16,6 +16,7 @@ from pipelines.evaluation import METRICS
 from pipelines.manifest import latest_manifest, latest_of
 from pipelines.pairs import fingerprint_of
 from pipelines.run_folder import CHECKPOINTS
+from pipelines.student_export import checkpoint_digest
 from tests.pipelines.dmd_runs import seal_pairs
 
 SHAPE = (4, 4, 4)
@@ -85,8 +86,8 @@ class FakeVerbs:
         self._begins("export")
         store = session.store
         step = committed_steps(store.fs, store.path(CHECKPOINTS))[-1]
-        done = session.read_json(export.EXPORTED) or {}
-        if done.get("step") == step and "student_revision" in done:
+        done, digest = session.read_json(export.EXPORTED) or {}, checkpoint_digest(store, step)
+        if done.get("checkpoint_digest") == digest and "student_revision" in done:
             return
         state = read_state(store.fs, store.path(CHECKPOINTS), step)
         weights = json.dumps(state).encode()
@@ -94,7 +95,7 @@ class FakeVerbs:
         self._breaks("export")
         store.fs.pipe_file(store.path("student", "unet.safetensors"), weights)
         exported = {
-            "step": step, "student": store.path("student"), "num_inference_steps": 1,
+            "step": step, "checkpoint_digest": digest, "num_inference_steps": 1,
             "student_revision": hashlib.sha256(weights).hexdigest(),
             "teacher_revision": teacher_revision(session.teacher_dir),
             "pairs_digest": state["pairs_digest"],

@@ -11,7 +11,8 @@ from dmd_core.checkpoint import Checkpoint, save_checkpoint
 from dmd_core.networks import DmdNetworks
 from dmd_core.parallel import World
 from dmd_core.teacher import load_teacher
-from jobs.errors import Exit
+from jobs import evaluate
+from jobs.errors import Exit, JobError
 from jobs.session import open_session
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.train_settings import trainer_settings
@@ -34,13 +35,19 @@ def dmd(tiny_teacher_dir, tmp_path, capfd):
     teacher = load_teacher(tiny_teacher_dir)
     networks = DmdNetworks(teacher, trainer_settings(session.recipe.train, 0), World())
     state = {"pairs_digest": "", "pairs_segments": [], "teacher_revision": teacher.revision}
-    root = session.store.path(CHECKPOINTS)
-    save_checkpoint(session.store.fs, root, Checkpoint(2, networks.parts(), state), alone=True)
+
+    def save(folder: Path, step: int, shift: float = 0.0) -> None:
+        """`shift`: added to the student's weights."""
+        parts = networks.parts()
+        student = {name: value + shift for name, value in parts["generator"].items()}
+        checkpoint = Checkpoint(step, parts | {"generator": student}, state)
+        save_checkpoint(session.store.fs, str(folder / CHECKPOINTS), checkpoint, alone=True)
 
     def run(verb: str, **changes: object) -> tuple[int, str]:
         return run_tiny(verb, base, changes, capfd)
 
-    run.folder = tmp_path / "run"
+    run.folder, run.save = tmp_path / "run", save
+    save(run.folder, 2)
     return run
 
 
@@ -82,6 +89,78 @@ def test_a_student_that_was_removed_is_exported_again(dmd):
     code, said = dmd("export")
     assert code == Exit.OK and "nothing to do" not in said
     assert DiffusionPipeline.from_pretrained(str(dmd.folder / "student")) is not None
+
+
+def _exported(folder: Path) -> dict:
+    return json.loads((folder / "student.json").read_text())
+
+
+def test_a_step_that_was_trained_again_is_exported_again(dmd):
+    """A rollback gives up the checkpoint of a step, which is trained anew with other weights."""
+    assert dmd("export")[0] == Exit.OK
+    given_up = _exported(dmd.folder)
+    shutil.rmtree(dmd.folder / CHECKPOINTS)
+    dmd.save(dmd.folder, 2, shift=0.5)
+    code, said = dmd("export")
+    assert code == Exit.OK and "nothing to do" not in said
+    again = _exported(dmd.folder)
+    assert again["step"] == given_up["step"] == 2
+    assert again["student_revision"] != given_up["student_revision"]
+    assert "nothing to do" in dmd("export")[1]
+
+    del again["checkpoint_digest"]  # as an earlier release left it
+    (dmd.folder / "student.json").write_text(json.dumps(again))
+    assert "nothing to do" not in dmd("export")[1]
+    assert _exported(dmd.folder)["student_revision"] == again["student_revision"]
+
+
+@pytest.fixture
+def sampled(monkeypatch) -> list[str]:
+    """The students that `dmd evaluate` would sample: it stops before it does."""
+    found: list[str] = []
+
+    def networks(**given: object):
+        found.append(str(given["student"]))
+        raise JobError("sampling now", Exit.TRANSIENT)
+
+    monkeypatch.setattr(evaluate, "Networks", networks)
+    monkeypatch.setattr(evaluate, "_mean_latents", lambda session: None)
+    return found
+
+
+def test_a_moved_run_is_evaluated_where_it_is(dmd, tmp_path, sampled):
+    assert dmd("export")[0] == Exit.OK
+    moved = dmd.folder.rename(tmp_path / "moved")
+    code, said = dmd("export", run__dir=moved)
+    assert code == Exit.OK and f"nothing to do, step 2 is in {moved / 'student'}" in said
+    assert dmd("evaluate", run__dir=moved)[0] == Exit.TRANSIENT
+    assert sampled == [str(moved / "student")]
+
+
+def test_a_copied_run_is_evaluated_by_its_own_student(dmd, tmp_path, sampled):
+    assert dmd("export")[0] == Exit.OK
+    copy = Path(shutil.copytree(dmd.folder, tmp_path / "copy"))
+    dmd.save(dmd.folder, 4, shift=0.5)
+    assert dmd("export")[0] == Exit.OK
+    assert _exported(copy)["student_revision"] != _exported(dmd.folder)["student_revision"]
+    assert dmd("evaluate", run__dir=copy)[0] == Exit.TRANSIENT
+    assert sampled == [str(copy / "student")]
+
+
+def test_a_student_that_is_not_the_exported_one_is_not_evaluated(dmd, sampled):
+    assert dmd("export")[0] == Exit.OK
+    config = dmd.folder / "student" / "unet" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    code, said = dmd("evaluate")
+    assert code == Exit.REFUSED and f"{dmd.folder / 'student'} has revision" in said
+    assert "Remove student.json, and run `dmd export` again" in said
+    (dmd.folder / "student.json").unlink()  # the way on that the message names
+    assert dmd("export")[0] == Exit.OK and dmd("evaluate")[0] == Exit.TRANSIENT
+
+    shutil.rmtree(dmd.folder / "student")
+    code, said = dmd("evaluate")
+    assert code == Exit.REFUSED and f"{dmd.folder / 'student'} is gone; run `dmd export`" in said
+    assert len(sampled) == 1
 
 
 def test_a_key_that_a_later_release_added_locks_no_run_out(dmd):
