@@ -57,6 +57,7 @@ def run(session: Session) -> dict[str, Any]:
         if only:
             _check_inputs(chain, steps[0])
         done = {step.name: _settle(chain, step, writing) for step in steps}
+        writing.check()
         results = _publish(chain) if not only else {}
     return {"steps": done} | results
 
@@ -112,6 +113,7 @@ def _settle(chain: Chain, step: Step, writing: "_Writing") -> dict[str, Any]:
         verdict = replace(verdict, why=f"asked for with --from {redo_from}")
     chain.session.display.say(f"{step.name}: {verdict.why}")
     started, inputs = time.monotonic(), step.inputs(chain)
+    writing.check()
     if not verdict.is_new:
         step.drop(chain)
     step.run(chain)
@@ -204,7 +206,10 @@ def _link(store: Store, folder: str) -> None:
 
 
 class _Writing:
-    """One chain at a time works in a run folder. Nothing is held while there is nothing to do."""
+    """One chain at a time works in a run folder. Nothing is held while there is nothing to do.
+
+    `check` comes before every write of the chain itself, and the verbs have leases of their own:
+    so a store that does not answer for a while costs nothing."""
 
     def __init__(self, store: Store, period_s: float) -> None:
         self._store, self._period_s = store.at(FOLDER), period_s
@@ -221,6 +226,7 @@ class _Writing:
             self._store,
             period_s=self._period_s,
             purpose="dmd pipeline",
+            patient=True,  # a training outlasts a store that is away; it is not to end it
             on_lost=_thread.interrupt_main,
         )
         self._lease = self._stack.enter_context(held)
