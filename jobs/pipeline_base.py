@@ -32,10 +32,14 @@ class Chain:
         return teacher_revision(self.session.teacher_dir)
 
     @cached_property
-    def training(self) -> Training:
+    def training_inputs(self) -> dict[str, Any]:
         """Of the pairs and settings as they are now: to be asked after the pairs are made."""
-        inputs = training_inputs(self.session, self.teacher_revision)
-        return find_training(self.session, inputs)
+        return training_inputs(self.session, self.teacher_revision)
+
+    @cached_property
+    def training(self) -> Training:
+        """Of these inputs. Its own may name other versions of the pairs: those it began with."""
+        return find_training(self.session, self.training_inputs)
 
     @cached_property
     def run(self) -> TrainingSession:
@@ -59,7 +63,7 @@ class Chain:
 
     def forget_training(self) -> None:
         """Ask again which one it is."""
-        for name in ("training", "run"):
+        for name in ("training_inputs", "training", "run"):
             self.__dict__.pop(name, None)
 
 

@@ -111,7 +111,7 @@ class Train(Step):
     def redo(self, chain: Chain) -> None:
         """In a folder of its own: what is finished stays as it was, and can be compared."""
         if self.output(chain) is not None:
-            begin(chain.session, another_attempt(chain.session, chain.training))
+            begin(chain.session, another_attempt(chain.session, chain.training_inputs))
             chain.forget_training()
 
 

@@ -13,21 +13,24 @@ from jobs import evaluate, export, regenerate, report, train
 from jobs.pins import run_pins, save_pins
 from jobs.session import Session
 from pipelines.evaluation import METRICS
-from pipelines.manifest import latest_manifest, latest_of
+from pipelines.manifest import latest_manifest, load_versions
 from pipelines.pairs import fingerprint_of
 from pipelines.run_folder import CHECKPOINTS
+from pipelines.seal import seal_generation
 from pipelines.student_export import checkpoint_digest
 from tests.pipelines.dmd_runs import seal_pairs
+from tests.pipelines.made_pairs import land_ids
 
 SHAPE = (4, 4, 4)
 
 
 class FakeVerbs:
-    """`ran`: the verbs that were called. `fail`: verb → what it raises in the middle of its work,
-    once."""
+    """`ran`: the verbs that were called. `refuse`, `fail`: verb → what it raises, once, before it
+    has left anything, and in the middle of its work."""
 
     def __init__(self, patch: Callable[[Any, str, Any], None]) -> None:
         self.ran: list[str] = []
+        self.refuse: dict[str, Exception] = {}
         self.fail: dict[str, Exception] = {}
         for module, verb in (
             (regenerate, self.regenerate), (train, self.train), (export, self.export),
@@ -42,6 +45,8 @@ class FakeVerbs:
 
     def _begins(self, verb: str) -> None:
         self.ran.append(verb)
+        if verb in self.refuse:
+            raise self.refuse.pop(verb)
 
     def _breaks(self, verb: str) -> None:
         if verb in self.fail:
@@ -50,20 +55,29 @@ class FakeVerbs:
     def regenerate(self, session: Session) -> None:
         self._begins("regenerate")
         rows = len(set(Path(str(session.recipe.pairs.prompts)).read_text().split("\n")))
-        section, revision = session.recipe.pairs, teacher_revision(session.teacher_dir)
-        newest = latest_of(session.pairs_root, fingerprint_of(section, revision).digest)
-        before = newest.rows if newest else 0
-        if rows != before:
-            ids, base = range(before + 1, rows + 1), f"rows-{rows}"
-            seal_pairs(session.pairs_root, section, revision, SHAPE, ids, base=base)
+        root, section = session.pairs_root, session.recipe.pairs
+        revision = teacher_revision(session.teacher_dir)
+        fingerprint = fingerprint_of(section, revision)
+        made = max(
+            (m.rows for m in load_versions(root) if m.fingerprint_digest == fingerprint.digest),
+            default=0,
+        )
+        if rows > made:
+            seal_pairs(
+                root, section, revision, SHAPE, range(made + 1, rows + 1), base=f"rows-{rows}"
+            )
+        else:  # whose version says what the newest one says is not sealed again
+            seal_generation(root, fingerprint, land_ids(root, range(1, rows + 1)))
         self._breaks("regenerate")
 
     def train(self, session: Session) -> None:
         self._begins("train")
         session.open_run()
         fs, root, section = session.store.fs, session.store.path(CHECKPOINTS), session.recipe.train
-        steps = committed_steps(fs, root)
+        steps, teacher = committed_steps(fs, root), teacher_revision(session.teacher_dir)
         pins = run_pins(session, started=bool(steps))
+        if not steps:
+            train._check_begins_from(session, pins)
         save_pins(session, pins)
         segments = [{"version": pins.default, "digest": pins.digest}] if pins.default else []
         if steps:
@@ -76,7 +90,7 @@ class FakeVerbs:
                 state = {
                     "step": step, "finished": step > 1, "total_steps": section.total_steps,
                     "rate": section.learning_rate, "pairs_digest": pins.digest,
-                    "pairs_segments": segments,
+                    "pairs_segments": segments, "teacher_revision": teacher,
                 }  # fmt: skip
                 save_checkpoint(fs, root, Checkpoint(step, {}, state), alone=True)
             if step == 1:
