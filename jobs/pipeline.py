@@ -179,7 +179,7 @@ def _publish(chain: Chain) -> dict[str, Any]:
     results = {
         "training": store.url,
         "student": store.at(export.STUDENT).url,
-        "report": chain.kept(report.STATE)["report"],
+        "report": store.at(report.REPORT).url,
     }
     if session.read_json(LATEST) != results:
         session.write_json(LATEST, results)

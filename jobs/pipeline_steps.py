@@ -182,11 +182,8 @@ class Report(Step):
     marker = report.STATE
 
     def inputs(self, chain: Chain) -> dict[str, Any]:
-        return {
-            "metrics": _digest(chain.kept(METRICS)),
-            "student": _digest(chain.kept(export.EXPORTED)),
-            "evaluate.report_images": chain.session.recipe.evaluate.report_images,
-        }
+        chain.kept(METRICS)  # or an error that says what to do
+        return report.made_from(chain.run)
 
     def output(self, chain: Chain) -> dict[str, Any] | None:
         store = chain.run.store

@@ -1,18 +1,18 @@
 """`dmd report`: everything a run made → one self-contained `report.html` (station 10)."""
 
-import hashlib
 from importlib import resources
 from typing import Any
 
-from dmd_core.files import is_local, write_atomic
+from dmd_core.files import write_atomic
 from jobs.errors import JobError
 from jobs.export import EXPORTED
 from jobs.pins import PINNED
 from jobs.session import Session
 from pipelines.evaluation import METRICS
-from pipelines.report import collect_inputs, render_report
+from pipelines.report import collect_inputs, inputs_digests, render_report
 
 REPORT, STATE = "report.html", "report.json"
+_SHOWN = ("versions.json", EXPORTED, PINNED)  # value by value
 
 
 def run(session: Session) -> dict[str, Any]:
@@ -21,30 +21,30 @@ def run(session: Session) -> dict[str, Any]:
     if not store.fs.exists(store.path(METRICS)):
         raise JobError(f"{store.url} has no {METRICS}; run `dmd evaluate` with this recipe first")
     session.check_settings()
-    path = store.path(REPORT) if is_local(store.fs) else f"{store.url}/{REPORT}"
-    # The metrics name everything they were made from, so their digest stands for the run.
-    metrics: Any = store.fs.cat_file(store.path(METRICS))
-    made_from = hashlib.sha256(metrics).hexdigest()
+    path, sources = store.at(REPORT).url, made_from(session)
     done = session.read_json(STATE)
-    if (
-        done is not None
-        and done["metrics_sha256"] == made_from
-        and store.fs.exists(store.path(REPORT))
-    ):
+    there = store.fs.exists(store.path(REPORT))
+    if done is not None and done.get("made_from") == sources and there:
         session.display.done(f"report: nothing to do, {path}")
-        return done
+        return {"report": path}
     inputs = collect_inputs(
         store,
         title=getattr(session.arguments, "title", store.root.rsplit("/", 1)[-1]),
         images=session.recipe.evaluate.report_images,
-        json_files=("versions.json", EXPORTED, PINNED),
+        json_files=_SHOWN,
     )
     template = (resources.files("jobs") / "templates" / "report.html.j2").read_text("utf-8")
     write_atomic(store.fs, store.path(REPORT), render_report(inputs, template).encode())
-    result = {"report": path, "metrics_sha256": made_from}
-    session.write_json(STATE, result)
+    session.write_json(STATE, {"made_from": sources})
     session.display.done(f"report: {path}")
-    return result
+    return {"report": path}
+
+
+def made_from(session: Session) -> dict[str, Any]:
+    """All that the page follows from: a digest of each file that it shows, and a setting. The run
+    may go on under the same metrics, so these do not stand for it."""
+    digests = inputs_digests(session.store, json_files=_SHOWN)
+    return digests | {"evaluate.report_images": session.recipe.evaluate.report_images}
 
 
 def plan(session: Session) -> dict[str, Any]:

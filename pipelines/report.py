@@ -5,8 +5,9 @@ all that it is given, and the page's own policy forbids everything but inline st
 """
 
 import base64
+import hashlib
 import json
-import re
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -15,8 +16,10 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from pipelines.commits import list_files
 from pipelines.evaluation import METRICS, NOISE, NOISE_PROMPTS
 from pipelines.health_record import HEALTH, HealthEvent, read_events
+from pipelines.manifest_model import canonical_digest
 from pipelines.plots import (
     Interval,
     encode_png,
@@ -43,6 +46,7 @@ from pipelines.report_validation import (
     read_validation,
     validation_curves,
 )
+from pipelines.sample_files import SAMPLES, SampleFile, sample_files
 from pipelines.storage import Store
 from pipelines.stored_images import open_images
 from pipelines.systems import START, STUDENT, TEACHER, few_step_name
@@ -53,7 +57,6 @@ _LABELS = {TEACHER: "Teacher", STUDENT: "Student", START: "Start", few_step_name
 _SAMPLES_SHOWN = 5
 _SAMPLES_WIDTH = 2048  # pixels of a strip
 _PIXELATED_UP_TO = 128  # pixels; larger pictures are shown smoothly
-_SAMPLE_NAME = re.compile(r"step_(\d+)\.png")
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,9 @@ class ReportInputs:
     """What the report shows. Whatever is empty leaves its section with a plain line.
 
     `metrics` is the content of metrics.json; `pictures` system → (N,H,W,3) uint8 of `prompts`;
-    `records` the training log; `samples` (step, PNG) of training, oldest first; `events` those of
-    the health rules; `validation` what was measured while it trained.
+    `records` the training log; `samples` (step, PNG) of training up to the last line of the log,
+    oldest first; `events` those of the health rules; `validation` what was measured while it
+    trained.
     """
 
     title: str
@@ -89,19 +93,13 @@ def collect_inputs(
     run: Store, *, title: str, images: int, json_files: Sequence[str] = ("versions.json",)
 ) -> ReportInputs:
     """Read a run directory. Only metrics.json must exist; every value of `json_files` that exist
-    goes into the provenance table. `images`: how many prompts to show, from the top of the list."""
-    if not run.fs.exists(run.path(METRICS)):
-        raise FileNotFoundError(f"{run.url} has no {METRICS}; expected an evaluated run")
-    metrics = json.loads(run.fs.cat_file(run.path(METRICS)))
+    goes into the provenance table. `images`: how many prompts to show, from the top of the list.
+    What is read here is what `inputs_digests` must cover."""
+    metrics, records = _read_metrics(run), _read_log(run)
     shown = {
-        system: open_images(run, metrics["pictures"][system]).first(images)
-        for system in _LABELS
-        if system in metrics["pictures"]
+        system: open_images(run, folder).first(images)
+        for system, folder in _picture_folders(metrics).items()
     }
-    records: list[dict[str, Any]] = []
-    if run.fs.exists(run.path(TRAINING_LOG)):
-        lines = run.fs.cat_file(run.path(TRAINING_LOG)).splitlines()
-        records = [json.loads(line) for line in lines]
     sources = list(_flatten(metrics["provenance"], METRICS))
     for name in json_files:
         if run.fs.exists(run.path(name)):
@@ -112,11 +110,29 @@ def collect_inputs(
         prompts=shown[TEACHER].prompts,
         pictures={system: entry.pictures for system, entry in shown.items()},
         records=records,
-        samples=_read_samples(run),
+        samples=_read_samples(run, records),
         sources=sources,
         events=read_events(run),
         validation=read_validation(run),
     )
+
+
+def inputs_digests(run: Store, *, json_files: Sequence[str] = ("versions.json",)) -> dict[str, str]:
+    """Every file and folder that `collect_inputs` reads → a digest of it: of the contents, of
+    pictures of the names and sizes. The page is up to date as long as these are the same."""
+    records, metrics = _read_log(run), _read_metrics(run)
+    validations = [f"{VALIDATION}/{name}" for name in list_files(run, run.path(VALIDATION))]
+    texts = (METRICS, TRAINING_LOG, HEALTH, BEST, *json_files)
+    found = {name: _content_digest(run, name) for name in texts if run.fs.exists(run.path(name))}
+    for folder in _picture_folders(metrics).values():
+        files: Any = run.fs.find(run.path(folder), detail=True)
+        sizes = {path.rsplit("/", 1)[-1]: entry["size"] for path, entry in files.items()}
+        found[folder] = canonical_digest(sizes)
+    samples = {str(file.step): file.size for file in _shown_samples(run, records)}
+    return found | {
+        VALIDATION: canonical_digest({name: _content_digest(run, name) for name in validations}),
+        SAMPLES: canonical_digest(samples),
+    }
 
 
 def render_report(inputs: ReportInputs, template: str) -> str:
@@ -200,16 +216,38 @@ def _kid_plot(metrics: dict[str, Any], names: dict[str, str]) -> str:
     return interval_plot(rows, "kernel distance to the teacher (KID), lower is nearer")
 
 
-def _read_samples(run: Store) -> list[tuple[int, bytes]]:
-    folder = run.path("samples")
-    if not run.fs.exists(folder):
+def _read_metrics(run: Store) -> dict[str, Any]:
+    if not run.fs.exists(run.path(METRICS)):
+        raise FileNotFoundError(f"{run.url} has no {METRICS}; expected an evaluated run")
+    return json.loads(run.fs.cat_file(run.path(METRICS)))
+
+
+def _read_log(run: Store) -> list[dict[str, Any]]:
+    if not run.fs.exists(run.path(TRAINING_LOG)):
         return []
-    found: list[tuple[int, str]] = []
-    for path in run.fs.ls(folder, detail=False):
-        match = _SAMPLE_NAME.fullmatch(path.rsplit("/", 1)[-1])
-        if match:
-            found.append((int(match[1]), path))
-    return [(step, cast(bytes, run.fs.cat_file(path))) for step, path in _evenly(sorted(found))]
+    return [json.loads(line) for line in run.fs.cat_file(run.path(TRAINING_LOG)).splitlines()]
+
+
+def _picture_folders(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """System → folder of the pictures that cards show."""
+    folders = metrics["pictures"]
+    return {system: folders[system] for system in _LABELS if system in folders}
+
+
+def _read_samples(run: Store, records: Sequence[dict[str, Any]]) -> list[tuple[int, bytes]]:
+    chosen = _evenly(_shown_samples(run, records))
+    return [(file.step, cast(bytes, run.fs.cat_file(file.path))) for file in chosen]
+
+
+def _shown_samples(run: Store, records: Sequence[dict[str, Any]]) -> list[SampleFile]:
+    """None after the last line of the log: those are of steps that were lost or given up. Without
+    a log nothing says which."""
+    last = max((record["step"] for record in records), default=math.inf)
+    return [file for file in sample_files(run) if file.step <= last]
+
+
+def _content_digest(run: Store, name: str) -> str:
+    return hashlib.sha256(cast(bytes, run.fs.cat_file(run.path(name)))).hexdigest()
 
 
 def _evenly(items: Sequence[Any]) -> list[Any]:

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from dmd_core.files import store_errors, write_atomic
+from pipelines.commits import delete_if_there
 from pipelines.fence import Fence
 from pipelines.metrics_log import MetricsLog
 from pipelines.plots import picture_grid
 from pipelines.progress import Throttle
+from pipelines.sample_files import SAMPLES, sample_files, sample_path
 from pipelines.storage import Store
 from pipelines.trackers import TrackerName, open_trackers
 from pipelines.workers import Group
@@ -25,7 +27,8 @@ class RunLog:
 
     Nothing is written once another process has taken over the run's folder. A store that is away
     costs a warning, not the training: lines wait in memory for the next flush, pictures are made
-    again. `surely`: they must be there, for the run ends.
+    again, or left where they should go (the report shows none after the last line). `surely`: they
+    must be there, for the run ends.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class RunLog:
         trackers = open_trackers(report_to, store, resume_step=step) if self._writes else ()
         self._log = MetricsLog(store, resume_step=step, trackers=trackers)
         self._due = Throttle(_FLUSH_S)
+        self._drop_pictures_after(step)
 
     @property
     def lines(self) -> Sequence[Mapping[str, Any]]:
@@ -59,10 +63,10 @@ class RunLog:
         """`rows`: the teacher's above, the student's below, each (N,H,W,3) uint8."""
         if not self._writes or not self._fence.holds():
             return
-        path = self._store.path("samples", f"step_{step:08d}.png")
+        path = sample_path(self._store, step)
         with _patience(f"sample pictures of step {step}", surely):
             write_atomic(self._store.fs, path, picture_grid(rows))
-        self._log.add_picture("samples", step, np.concatenate(rows[1], axis=1))
+        self._log.add_picture(SAMPLES, step, np.concatenate(rows[1], axis=1))
 
     def flush(self, *, surely: bool = False) -> None:
         if self._writes and self._fence.holds():
@@ -72,16 +76,26 @@ class RunLog:
     def rewind(self, step: int) -> None:
         """Forget what came after `step`."""
         self._log.rewind(step)
+        self._drop_pictures_after(step)
 
     def close(self) -> None:
         self._log.close()
 
+    def _drop_pictures_after(self, step: int) -> None:
+        """They are of weights that were given up, and the steps may be sampled elsewhere now."""
+        if not self._writes or not self._fence.holds():
+            return
+        with _patience(f"sample pictures after step {step}", surely=False, done="removed"):
+            for file in sample_files(self._store):
+                if file.step > step:
+                    delete_if_there(self._store, file.path)
+
 
 @contextmanager
-def _patience(what: str, surely: bool) -> Iterator[None]:
+def _patience(what: str, surely: bool, done: str = "written") -> Iterator[None]:
     try:
         yield
     except store_errors() as error:
         if surely:
             raise
-        _logger.warning("%s not written: %s", what, error)
+        _logger.warning("%s not %s: %s", what, done, error)

@@ -131,10 +131,9 @@ class FakeVerbs:
     def report(self, session: Session) -> None:
         self._begins("report")
         metrics: Any = session.store.fs.cat_file(session.store.path(METRICS))
-        made_from = hashlib.sha256(metrics).hexdigest()
-        if (session.read_json(report.STATE) or {}).get("metrics_sha256") == made_from:
+        made_from = report.made_from(session)
+        if (session.read_json(report.STATE) or {}).get("made_from") == made_from:
             return
         session.store.fs.pipe_file(session.store.path(report.REPORT), metrics)
         self._breaks("report")
-        path = session.store.path(report.REPORT)
-        session.write_json(report.STATE, {"report": path, "metrics_sha256": made_from})
+        session.write_json(report.STATE, {"made_from": made_from})

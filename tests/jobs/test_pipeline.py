@@ -92,6 +92,19 @@ def test_the_same_teacher_elsewhere_is_the_same_teacher(pipeline, tmp_path):
     assert code == Exit.OK and ran == [], said
 
 
+def test_a_run_folder_that_was_moved_names_its_new_place(pipeline):
+    settings = {"train__lambda_reg": 0}  # without pairs, for those are where they were
+    pipeline(**settings)
+    old = pipeline.run
+    pipeline.run = old.rename(old.with_name("moved"))
+    pipeline.base["run.dir"] = pipeline.run
+    code, said, ran = pipeline("--json", **settings)
+    found = json.loads(pipeline.out)
+    assert code == Exit.OK and ran == [] and not old.exists(), said
+    for name in ("training", "student", "report"):
+        assert Path(found[name]).exists() and str(pipeline.run) in found[name]
+
+
 def test_settings_put_back_find_the_training_that_was_done(pipeline):
     pipeline()
     first = pipeline.latest()
@@ -129,6 +142,20 @@ def test_output_that_is_gone_is_made_again(pipeline, gone, expected):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     code, _, ran = pipeline()
     assert code == Exit.OK and ran == expected  # what comes out is the same: nothing follows
+    assert pipeline()[2] == []
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "health.json", "validation/step_00000006.json", "versions.json"]
+)
+def test_a_run_that_went_on_under_the_same_metrics_gets_another_report(pipeline, name):
+    """As where the best checkpoint of a longer training is still that of the shorter one."""
+    pipeline()
+    path = pipeline.latest() / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"step": 6}\n')
+    code, said, ran = pipeline()
+    assert code == Exit.OK and ran == ["report"] and name.split("/")[0] in said
     assert pipeline()[2] == []
 
 
