@@ -11,13 +11,35 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-_WORDS = {"secret", "token", "password", "passwd", "credential", "credentials", "apikey"}
-_PAIRS = {("api", "key"), ("access", "key"), ("private", "key"), ("account", "key")}
+_WORDS = {"credential", "credentials", "pat"}
+_PAIRS = {
+    ("api", "key"), ("access", "key"), ("private", "key"), ("account", "key"), ("storage", "key"),
+    ("signing", "key"), ("encryption", "key"), ("connection", "string"),
+}  # fmt: skip
+# Also at the end of a longer word: PGPASSWORD, AUTHTOKEN, SSHPASS, dbpwd.
+_ENDINGS = (
+    "password", "passwd", "passphrase", "pass", "pwd", "secret", "token", *map("".join, _PAIRS),
+)  # fmt: skip
+_ORDINARY = (
+    "compass", "bypass", "surpass", "trespass", "overpass", "underpass", "lowpass", "highpass",
+    "bandpass", "allpass", "onepass", "twopass", "firstpass", "secondpass", "singlepass",
+    "multipass", "forwardpass", "backwardpass", "askpass", "oldpwd",
+)  # fmt: skip
+_SPOKEN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # the words of camelCase and SNAKE_CASE
 _FILES = {"path", "file", "dir"}  # AWS_SHARED_CREDENTIALS_FILE: a place, not a credential
 _USER_INFO = re.compile(r"://[^/\s]+@")  # to the last @: a password may have one
+_TOKENS = (
+    r"(AKIA|ASIA)[0-9A-Z]{16}\b",
+    r"hf_[A-Za-z0-9]{30,}",
+    r"gh[opsur]_[A-Za-z0-9]{30,}",
+    r"github_pat_\w{22,}",
+    r"glpat-[\w-]{20,}",
+    # A name has hyphens (sk-learning-rate-2); these have long parts that no word is.
+    r"sk-([A-Za-z0-9]+[-_])*(?=[A-Za-z]*[0-9])[A-Za-z0-9]{20,}",
+    r"sk-(proj|svcacct|admin|ant-\w+)-(?=\S*[A-Z])(?=\S*[a-z])(?=\S*[0-9])[\w-]{40,}",
+)
 _VALUES = (
-    re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{16}\b"),
-    re.compile(r"\b(hf_|ghp_|github_pat_|glpat-|sk-)[A-Za-z0-9_-]{16,}"),
+    re.compile(rf"(?<![A-Za-z0-9])({'|'.join(_TOKENS)})"),
     re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
     _USER_INFO,
 )
@@ -47,8 +69,9 @@ def refuse_secrets(content: Any, place: str = "") -> None:
 
 def names_secret(key: str) -> bool:
     """True for the name of something that is kept secret, such as `HF_TOKEN` or `access_key`."""
-    words = [word for word in re.split(r"[^a-z0-9]+", key.lower()) if word]
-    return bool(_WORDS & set(words) or _PAIRS & set(pairwise(words)))
+    spoken = [word.lower() for word in _SPOKEN.findall(key)]
+    plain = re.findall(r"[a-z]+", key.lower())  # PassWord is a password, however it is written
+    return _name_secret(spoken) or _name_secret(plain)
 
 
 def without_user_info(text: str) -> str:
@@ -56,8 +79,19 @@ def without_user_info(text: str) -> str:
     return _USER_INFO.sub("://…@", text)
 
 
+def _name_secret(words: list[str]) -> bool:
+    if _WORDS & set(words) or _PAIRS & set(pairwise(words)):
+        return True
+    if words == ["pwd"]:  # the working directory
+        return False
+    return any(
+        word.endswith(_ENDINGS) and not (before + word).endswith(_ORDINARY)
+        for before, word in pairwise(["", *words])
+    )
+
+
 def _refuse_text(text: str, place: str) -> None:
-    *keys, value = text.split("=")  # also --set=a.b=c
+    *keys, value = text.rstrip("=").split("=")  # also --set=a.b=c; base64 ends with =
     if text.startswith("--"):
         keys, value = [*keys, text], value or "given next"
     named = next(filter(names_secret, keys), None) if value else None

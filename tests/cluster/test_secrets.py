@@ -156,6 +156,69 @@ def test_no_setting_of_a_recipe_has_a_name_that_would_be_refused():
     assert "learning_rate" in every and not [name for name in every if names_secret(name)]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PGPASSWORD", "SSHPASS", "SMTP_PASS", "dbPass", "MYSQL_PWD", "dbpwd", "PassWord",
+        "PASSword1", "MY_AUTHTOKEN", "HFToken", "idToken2", "HF_PAT", "clientSecret", "secretAccessKey",
+        "AWSACCESSKEY", "APIKey", "myapikey", "AZURE_STORAGE_KEY",
+        "AZURE_STORAGE_CONNECTION_STRING", "connectionString", "KEY_PASSPHRASE", "GOOGLE_CREDENTIALS",
+    ],
+)  # fmt: skip
+def test_names_of_credentials(name):
+    assert names_secret(name)
+    with pytest.raises(SecretError, match=rf"env_vars\.{name} looks"):
+        refuse_secrets({"env_vars": {name: "x"}})
+    with pytest.raises(SecretError, match=f"{name} in arguments"):
+        refuse_secrets([f"{name}=x"], "arguments")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PWD", "OLDPWD", "SSH_ASKPASS", "compass", "myCompass", "bypass", "low_pass", "HighPass",
+        "passes", "PATH", "PYTHONPATH", "pattern", "patience", "compat", "tokenizer", "max_tokens",
+        "TOKENIZERS_PARALLELISM", "secretary", "storage", "keys", "monkey", "key", "connection",
+    ],
+)  # fmt: skip
+def test_names_of_other_things(name):
+    assert not names_secret(name)
+    refuse_secrets({"env_vars": {name: "x"}, "arguments": [f"{name}=x"]})
+
+
+_DIGITS = "0aB1cD2eF3gH4iJ5kL6mN7oP8qR9sT"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        f"hf_{_DIGITS}ABcd", f"see my_hf_{_DIGITS}ABcd", f"ghp_{_DIGITS}abcdef", f"gho_{_DIGITS}",
+        f"github_pat_{_DIGITS}_{_DIGITS}", f"glpat-{_DIGITS[:20]}", f"sk-{_DIGITS}",
+        "AKIA" + "A0" * 8, f"sk-proj-{_DIGITS}-{_DIGITS}", f"sk-ant-api03-{_DIGITS}", "sk-or-v1-" + "0f" * 32,
+        "sk-proj-" + "aB3-dE6_" * 6, "sk-ant-api03-" + "aB3-dE6_" * 6,
+        "DefaultEndpointsProtocol=https;AccountKey=abc==",
+    ],
+)  # fmt: skip
+def test_values_that_are_credentials(value):
+    with pytest.raises(SecretError):
+        refuse_secrets({"note": value})
+    with pytest.raises(SecretError):
+        refuse_secrets([f"run.dir=/x/{value}"])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "/models/hf_stable_diffusion_v15", "hf_internal_testing_tiny_stable_diffusion_xl_pipe",
+        "runs/sk-learning-rate-sweep-1", "runs/sk-internationalization-2", "sk-20240101T120000Z",
+        "runs/sk-proj-stable-diffusion-fine-tuning-of-the-second-teacher-12", "task-" + _DIGITS,
+        "ghp_pages_of_a_documentation_site_2", "runs/disk-0123456789abcdefghijkl", "password=",
+    ],
+)  # fmt: skip
+def test_values_that_are_names(value):
+    refuse_secrets({"teacher": {"path": value}, "arguments": [f"run.dir={value}"]})
+
+
 def test_an_address_with_a_password_is_shown_without(fake, monkeypatch, capfd):
     """In the environment it may stand, for a proxy in front of the cluster."""
     address = fake.address.replace("://", f"://me:{CANARY}@")
