@@ -109,7 +109,7 @@ def _is_secret(text: str) -> bool:
 
 
 def _is_given(value: Any) -> bool:
-    return value not in ("", None)
+    return value not in ("", None) and not isinstance(value, bool)  # a switch
 
 
 def _environment_secrets() -> list[str]:

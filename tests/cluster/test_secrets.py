@@ -160,9 +160,10 @@ def test_no_setting_of_a_recipe_has_a_name_that_would_be_refused():
     "name",
     [
         "PGPASSWORD", "SSHPASS", "SMTP_PASS", "dbPass", "MYSQL_PWD", "dbpwd", "PassWord",
-        "PASSword1", "MY_AUTHTOKEN", "HFToken", "idToken2", "HF_PAT", "clientSecret", "secretAccessKey",
-        "AWSACCESSKEY", "APIKey", "myapikey", "AZURE_STORAGE_KEY",
-        "AZURE_STORAGE_CONNECTION_STRING", "connectionString", "KEY_PASSPHRASE", "GOOGLE_CREDENTIALS",
+        "PASSword1", "MY_AUTHTOKEN", "HFToken", "idToken2", "HF_PAT", "clientSecret",
+        "secretAccessKey", "AWSACCESSKEY", "APIKey", "myapikey", "AZURE_STORAGE_KEY",
+        "AZURE_STORAGE_CONNECTION_STRING", "connectionString", "KEY_PASSPHRASE",
+        "GOOGLE_CREDENTIALS",
     ],
 )  # fmt: skip
 def test_names_of_credentials(name):
@@ -194,7 +195,8 @@ _DIGITS = "0aB1cD2eF3gH4iJ5kL6mN7oP8qR9sT"
     [
         f"hf_{_DIGITS}ABcd", f"see my_hf_{_DIGITS}ABcd", f"ghp_{_DIGITS}abcdef", f"gho_{_DIGITS}",
         f"github_pat_{_DIGITS}_{_DIGITS}", f"glpat-{_DIGITS[:20]}", f"sk-{_DIGITS}",
-        "AKIA" + "A0" * 8, f"sk-proj-{_DIGITS}-{_DIGITS}", f"sk-ant-api03-{_DIGITS}", "sk-or-v1-" + "0f" * 32,
+        "AKIA" + "A0" * 8, f"sk-proj-{_DIGITS}-{_DIGITS}", f"sk-ant-api03-{_DIGITS}",
+        "sk-or-v1-" + "0f" * 32,
         "sk-proj-" + "aB3-dE6_" * 6, "sk-ant-api03-" + "aB3-dE6_" * 6,
         "DefaultEndpointsProtocol=https;AccountKey=abc==",
     ],

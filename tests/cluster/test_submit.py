@@ -90,7 +90,7 @@ def test_the_address_given_wins_over_the_environment(server, monkeypatch):
         ["s3://user:word@host/bucket"],
         {"pip": ["https://me:pw@index.example.com/simple"]},
         {"note": "AKIAABCDEFGHIJKLMNOP"},
-        {"note": "hf_abcdefghijklmnopqrstuvwx"},
+        {"note": "hf_abcdefghijklmnopqrstuvwxyzabcdefgh"},
     ],
 )
 def test_credentials_are_refused_and_not_repeated(content):
@@ -105,6 +105,7 @@ def test_credentials_are_refused_and_not_repeated(content):
     [
         ["--config", "my.yaml", "--set", "train_teacher.max_tokens=77", "--json"],
         {"env_vars": {"AWS_PROFILE": "team", "OMP_NUM_THREADS": "1", "HF_TOKEN": ""}},
+        {"automountServiceAccountToken": False},
         ["s3://bucket/prefix@2026", "pairs.prompts=s3://bucket/keyboards.txt"],
     ],
 )
