@@ -25,6 +25,7 @@ _ORDINARY = (
     "bandpass", "allpass", "onepass", "twopass", "firstpass", "secondpass", "singlepass",
     "multipass", "forwardpass", "backwardpass", "askpass", "oldpwd",
 )  # fmt: skip
+_REFERENCES = {"ref", "name"}  # secretKeyRef: where it is, not what
 _SPOKEN = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # the words of camelCase and SNAKE_CASE
 _FILES = {"path", "file", "dir"}  # AWS_SHARED_CREDENTIALS_FILE: a place, not a credential
 _USER_INFO = re.compile(r"://[^/\s]+@")  # to the last @: a password may have one
@@ -80,10 +81,10 @@ def without_user_info(text: str) -> str:
 
 
 def _name_secret(words: list[str]) -> bool:
+    if words == ["pwd"] or _REFERENCES & set(words[-1:]):  # PWD: the working directory
+        return False
     if _WORDS & set(words) or _PAIRS & set(pairwise(words)):
         return True
-    if words == ["pwd"]:  # the working directory
-        return False
     return any(
         word.endswith(_ENDINGS) and not (before + word).endswith(_ORDINARY)
         for before, word in pairwise(["", *words])

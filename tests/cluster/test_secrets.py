@@ -179,7 +179,8 @@ def test_names_of_credentials(name):
     [
         "PWD", "OLDPWD", "SSH_ASKPASS", "compass", "myCompass", "bypass", "low_pass", "HighPass",
         "passes", "PATH", "PYTHONPATH", "pattern", "patience", "compat", "tokenizer", "max_tokens",
-        "TOKENIZERS_PARALLELISM", "secretary", "storage", "keys", "monkey", "key", "connection",
+        "TOKENIZERS_PARALLELISM", "secretary", "secretKeyRef", "storage", "keys",
+        "monkey", "key", "connection",
     ],
 )  # fmt: skip
 def test_names_of_other_things(name):
