@@ -153,15 +153,34 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     if not separator or len(parts) < 2 or not all(parts):
         raise JobError(f"--set {key!r}: expected section.key=value", Exit.USAGE)
     try:
-        parsed = yaml.safe_load(value)
+        parsed = _StrictLoader(value).get_single_data()
+        comment = _has_comment(value)
     except yaml.YAMLError as error:
-        raise JobError(f"--set {key!r}: its value is not valid YAML", Exit.USAGE) from error
+        raise JobError(
+            f"--set {key!r}: its value is not valid YAML: {yaml_problem(error)}", Exit.USAGE
+        ) from error
+    if comment:
+        raise JobError(
+            f"--set {key!r}: YAML drops what follows a # after a space; quote text that holds one: "
+            f"--set '{key.strip()}=\"…\"'",
+            Exit.USAGE,
+        )
     node = settings
     for part in parts[:-1]:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
             raise JobError(f"--set {key!r}: {part!r} is not a section", Exit.USAGE)
     node[parts[-1]] = parsed
+
+
+def _has_comment(text: str) -> bool:
+    """Is there a # that YAML would not read as part of a value?"""
+    end = 0
+    for token in yaml.scan(text):
+        if "#" in text[end : token.start_mark.index]:
+            return True
+        end = token.end_mark.index
+    return "#" in text[end:]
 
 
 def _explain(error: ValidationError, source: str) -> str:

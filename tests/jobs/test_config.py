@@ -96,3 +96,25 @@ def test_overrides(tmp_path):
     assert recipe.train.learning_rate == 1e-3 and recipe.pairs.steps == 7
     assert "--set" in _error(tmp_path, "run: {}", "train.learning_rate")
     assert "not a section" in _error(tmp_path, "run: {dir: here}", "run.dir.x=1")
+
+
+@pytest.mark.parametrize(
+    "value", ["blurry, #1 hit", "#1 hit", "'quoted' # not", "{max: 2} #", "a: b\n# c\nd: e"]
+)
+def test_an_override_says_no_less_than_was_typed(tmp_path, value):
+    message = _error(tmp_path, "run: {}", f"pairs.negative_prompt={value}")
+    assert "--set 'pairs.negative_prompt'" in message
+    assert "quote text that holds one: --set 'pairs.negative_prompt=\"…\"'" in message
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [('"blurry, #1 hit"', "blurry, #1 hit"), ("'a # b'", "a # b"), ("C#, a#b", "C#, a#b")],
+)  # fmt: skip
+def test_an_override_may_hold_a_number_sign(value, expected):
+    assert load_recipe("demo", [f"pairs.negative_prompt={value}"]).pairs.negative_prompt == expected
+
+
+def test_a_key_given_twice_in_an_override_is_refused(tmp_path):
+    message = _error(tmp_path, "run: {}", "pairs.actors={max: 2, max: 8}")
+    assert "--set 'pairs.actors'" in message and "key 'max' is given twice" in message
