@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results" / "one_step.json"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", default="demo")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--repeats", type=int, default=50)

@@ -51,11 +51,17 @@ def call_arguments(
 
 
 def call_in_words(
-    family: Family, prompt: str, label: int | None, size: tuple[int, int], steps: int
+    family: Family,
+    prompt: str,
+    label: int | None,
+    size: tuple[int, int],
+    steps: int,
+    seed: int | None = None,
 ) -> str:
     """Python that makes a student's picture again from its noise `latents` (1,C,h,w), in plain
     diffusers, called as `call_arguments` says. `pipe` is the student's pipeline; `label` is a
-    class-conditional one's; `size`: height and width in pixels."""
+    class-conditional one's; `size`: height and width in pixels; `seed`: of the generator that a
+    student of several steps draws new noise from."""
     before = ""
     if not family.takes("latents"):
         before = (
@@ -65,7 +71,11 @@ def call_in_words(
     if family.pipeline == "FluxPipeline":
         before = "latents = pipe._pack_latents(latents, *latents.shape)\n"
     what = label if family.on_pixels else prompt
-    return before + student_call(family, what, size, steps, "latents=latents")
+    given = ["latents=latents"]
+    if seed is not None:
+        before = f"import torch\n{before}"
+        given.append(f"generator=torch.Generator().manual_seed({seed})")
+    return before + student_call(family, what, size, steps, *given)
 
 
 def student_call(

@@ -34,7 +34,7 @@ class Display:
     def __init__(self, *, quiet: bool = False) -> None:
         stream = os.fdopen(os.dup(2), "w", buffering=1)
         width = None if stream.isatty() else _LOG_WIDTH  # a log's lines are not wrapped
-        self.console = Console(file=stream, quiet=quiet, highlight=False, width=width)
+        self.console = Console(file=stream, quiet=quiet, highlight=False, emoji=False, width=width)
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
@@ -130,7 +130,7 @@ class _Rate:
         now = time.monotonic()
         if done <= fields.get("stored", 0):
             return "starting"
-        if self._start is None:
+        if self._start is None or done < self._start[1]:  # another count begins
             self._start = (now, done)
         elapsed = now - self._start[0]
         self._per_second = (done - self._start[1]) / elapsed if elapsed > 0 else 0.0

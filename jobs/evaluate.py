@@ -23,11 +23,10 @@ from pipelines.costs import (
     Rate,
     Work,
     estimate,
-    evaluations_per_picture,
     measured_pairs,
     pair_rate,
 )
-from pipelines.evaluation import METRICS, evaluate
+from pipelines.evaluation import METRICS, evaluate, held_out
 from pipelines.images import NUMERICS_VERSION
 from pipelines.pairs import fingerprint_of
 from pipelines.prompts import read_prompts
@@ -92,12 +91,10 @@ def run(session: Session) -> dict[str, Any]:
 def _inputs(session: Session, exported: dict[str, Any], prompts: Sequence[str]) -> dict[str, Any]:
     """All that decides the figures: settings, the bytes of the prompts, teacher, student, and how
     both are sampled."""
-    recipe = session.recipe
-    plan = SamplingPlan.from_sections(recipe.evaluate, recipe.pairs, recipe.train.student_timesteps)
     inputs = {
         "numerics": NUMERICS_VERSION,
-        "evaluate": recipe.evaluate.model_dump(mode="json", exclude=_WHERE),
-        "plan": asdict(plan),
+        "evaluate": session.recipe.evaluate.model_dump(mode="json", exclude=_WHERE),
+        "plan": asdict(_plan(session)),
         "prompts": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         **{key: exported.get(key) for key in _OF_STUDENT},
     }
@@ -108,12 +105,12 @@ def plan(session: Session) -> dict[str, Any]:
     """What `run` would do; touches nothing."""
     recipe, section = session.recipe, session.recipe.evaluate
     prompts = read_prompts(resolve_shipped(section.prompts), recipe.storage).prompts
-    count = min(len(prompts), section.max_prompts or len(prompts)) * section.samples_per_prompt
+    count = len(held_out(prompts, section.max_prompts)) * section.samples_per_prompt
     evaluations = count * _evaluations_per_prompt(session)
     work = Work(evaluations, section.actors, section.cpus_per_actor, section.gpus_per_actor)
     return {
         "prompts": count,
-        "systems": 4 - bool(section.real) + recipe.train.needs_pairs + len(section.few_steps),
+        "systems": len(_systems(session)) + recipe.train.needs_pairs,
         "network_evaluations": evaluations,
         "writes_to": f"{session.store.url}/{METRICS}",
         **estimate(work, _evaluation_rate(session), recipe.cost),
@@ -122,16 +119,26 @@ def plan(session: Session) -> dict[str, Any]:
 
 def _evaluations_per_prompt(session: Session) -> int:
     """Network evaluations for one prompt by all systems together."""
-    recipe, folder = session.recipe, Path(session.teacher_dir)
-    plan = SamplingPlan.from_sections(recipe.evaluate, recipe.pairs, recipe.train.student_timesteps)
+    folder = Path(session.teacher_dir)
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    systems = [*plan.teacher_steps(), START, STUDENT]
-    if recipe.evaluate.real:
-        systems.remove(TEACHER_AGAIN)
     distilled = guidance_distilled(str(folder))
     return sum(
-        network_evaluations(plan, scheduler, system, distilled=distilled) for system in systems
+        network_evaluations(_plan(session), scheduler, system, distilled=distilled)
+        for system in _systems(session)
     )
+
+
+def _plan(session: Session) -> SamplingPlan:
+    recipe = session.recipe
+    return SamplingPlan.from_sections(recipe.evaluate, recipe.pairs, recipe.train.student_timesteps)
+
+
+def _systems(session: Session) -> list[str]:
+    """What is sampled, but for the mean picture, which costs nothing."""
+    systems = [*_plan(session).teacher_steps(), START, STUDENT]
+    if session.recipe.evaluate.real:
+        systems.remove(TEACHER_AGAIN)
+    return systems
 
 
 def _evaluation_rate(session: Session) -> Rate:
@@ -140,11 +147,12 @@ def _evaluation_rate(session: Session) -> Rate:
     recipe = session.recipe
     pairs = recipe.pairs.model_copy(update={"gpus_per_actor": recipe.evaluate.gpus_per_actor})
     fingerprint = fingerprint_of(pairs, teacher_revision(session.teacher_dir)).as_dict()
-    measured = measured_pairs(session.pairs_root, pairs, fingerprint)
-    rate = pair_rate(pairs, recipe.cost, measured, TeacherHere(session, pairs).rate)
+    here = TeacherHere(session, pairs)
+    measured = measured_pairs(session.pairs_root, pairs, fingerprint, distilled=here.distilled)
+    rate = pair_rate(pairs, recipe.cost, measured, here.rate)
     if rate.seconds is None:
         return rate
-    return Rate(rate.seconds / evaluations_per_picture(pairs), rate.source)
+    return Rate(rate.seconds / here.evaluations(), rate.source)
 
 
 def _mean_latents(session: Session) -> np.ndarray | None:

@@ -18,7 +18,6 @@ from pipelines.costs import (
     Rate,
     Work,
     estimate,
-    evaluations_per_picture,
     measured_pairs,
     pair_rate,
 )
@@ -43,7 +42,9 @@ def plan(session: Session) -> dict[str, Any]:
     order, here = pair_order(session), TeacherHere(session)
     changes = order_changes(order)
     to_make, sizes = changes.to_make, changes.sizes
-    measured = measured_pairs(order.root, section, order.fingerprint.as_dict())
+    measured = measured_pairs(
+        order.root, section, order.fingerprint.as_dict(), distilled=here.distilled
+    )
     needed = _bytes(here, sizes, measured)
     rate = _rate_of_sizes(pair_rate(section, cost, measured, here.rate), here, sizes, measured)
     work = Work(to_make, section.most_actors, section.cpus_per_actor, section.gpus_per_actor)
@@ -54,7 +55,7 @@ def plan(session: Session) -> dict[str, Any]:
         "rows_to_make": to_make,
         "batches": sum(-(-count // section.batch_size) for count in sizes.values()),
         "blocks": sum(-(-count // section.rows_per_block) for count in sizes.values()),
-        "network_evaluations": to_make * evaluations_per_picture(section),
+        "network_evaluations": to_make * here.evaluations(),
         "bytes": needed,
         "writes_to": session.pairs_root.url,
     }

@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 import torch
 
-from dmd_core.families import folder_geometry
+from dmd_core.families import folder_geometry, guidance_distilled
 from dmd_core.noise import sample_noise
 from dmd_core.teacher import Teacher, TeacherError, load_teacher
 from jobs.config import resolve_shipped
@@ -30,6 +30,15 @@ class TeacherHere:
     def teacher(self) -> Teacher:
         device = "cuda" if self._on_gpu and torch.cuda.is_available() else "cpu"
         return load_teacher(self._session.teacher_dir, device=device)
+
+    @property
+    def distilled(self) -> bool:
+        """Is guidance an input of the network, instead of a second pass?"""
+        return guidance_distilled(self._session.teacher_dir)
+
+    def evaluations(self) -> int:
+        """Of the network, for one pair."""
+        return evaluations_per_picture(self._section, distilled=self.distilled)
 
     def shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """(C,h,w) of a row's sample; None: the recipe's size. No weights are loaded for it. Raises
@@ -59,7 +68,7 @@ class TeacherHere:
                 "unknown: teachers are to work on GPUs, and this machine has none to measure on; "
                 "cost.seconds_per_picture states it",
             )
-        seconds = self._seconds_per_evaluation() * evaluations_per_picture(section)
+        seconds = self._seconds_per_evaluation() * self.evaluations()
         return Rate(
             seconds,
             f"{seconds:.3g} s per pair, measured here: one network evaluation of a batch of "

@@ -7,7 +7,6 @@ from jobs.session import Session
 from pipelines.beside import finish_evaluations, unplaceable
 from pipelines.beside_results import kept_steps, pending_evaluations, read_results
 from pipelines.beside_task import EvaluationTask, evaluation_task, measurable
-from pipelines.evaluation import held_out
 from pipelines.prompts import read_prompts
 from pipelines.run_folder import CHECKPOINTS
 
@@ -28,7 +27,7 @@ def training_evaluation(session: Session) -> EvaluationTask | None:
         raise JobError(why_not, Exit.REFUSED)
     source = resolve_shipped(recipe.evaluate.prompts)
     prompts = read_prompts(source, recipe.storage).prompts
-    why_not = measurable(section, session.teacher_dir, held_out(prompts, section.max_prompts))
+    why_not = measurable(section, recipe.evaluate, session.teacher_dir, prompts)
     if why_not:
         raise JobError(why_not, Exit.USAGE)
     return evaluation_task(

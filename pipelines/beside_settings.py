@@ -8,7 +8,7 @@ from pipelines.config import NotNegative, Positive, Section
 
 EvaluationMetric = Literal["kid", "rmse", "retrieval"]
 # The confidence intervals are over prompts.
-FEWEST_PROMPTS = 10
+FEWEST = 10
 
 
 class EvaluationSection(Section):
@@ -19,7 +19,7 @@ class EvaluationSection(Section):
         description="evaluate the checkpoints of these steps; a multiple of checkpointing_steps; "
         "0: never",
     )
-    max_prompts: Annotated[int, Field(ge=FEWEST_PROMPTS)] = Field(
+    max_prompts: Annotated[int, Field(ge=FEWEST)] = Field(
         default=128, description="the first so many of evaluate.prompts"
     )
     metric: EvaluationMetric = Field(

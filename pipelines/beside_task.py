@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dmd_core.gallery import load_gallery
 from dmd_core.teacher import load_teacher
@@ -84,7 +85,7 @@ def evaluation_task(
     prompts: tuple[str, ...],
 ) -> EvaluationTask | None:
     """None: the recipe asks for no evaluation. `prompts`: the held-out ones; `run` and `teacher`
-    are URLs. Raises ValueError for too few prompts."""
+    are URLs."""
     if not section.steps:
         return None
     chosen = held_out(prompts, section.max_prompts) * evaluate.samples_per_prompt
@@ -111,14 +112,28 @@ def _yardstick(evaluate: EvaluateSection) -> list[str]:
     ]
 
 
-def measurable(section: EvaluationSection, teacher: str, prompts: tuple[str, ...]) -> str:
-    """Why the chosen metric cannot be measured with this teacher (a local folder); "": it can."""
+def measurable(
+    section: EvaluationSection, evaluate: EvaluateSection, teacher: str, prompts: tuple[str, ...]
+) -> str:
+    """Why the chosen metric cannot be measured with this teacher (a local folder) and these
+    held-out prompts; "": it can."""
+    unit, chosen = (
+        Unit.of_teacher(teacher, evaluate.confidence),
+        held_out(prompts, section.max_prompts),
+    )
+    if why_not := unit.too_few(chosen * evaluate.samples_per_prompt):
+        return why_not
     if section.metric != "retrieval":
         return ""
+    if evaluate.features != "latents":
+        return (
+            "train.evaluation.metric is retrieval, which compares latents, but evaluate.features "
+            f"is {evaluate.features}"
+        )
     gallery = load_gallery(teacher)
     if gallery is None:
         return "train.evaluation.metric is retrieval, but the teacher's folder has no gallery"
-    if not set(gallery.captions) & set(prompts):
+    if not set(gallery.captions) & set(chosen):
         return "train.evaluation.metric is retrieval, but no prompt names a picture of the gallery"
     return ""
 
@@ -128,7 +143,7 @@ def evaluate_checkpoint(task: EvaluationTask, step: int) -> Evaluated:
     section, run = task.settings, task.store()
     threads = max(1, int(section.num_cpus))
     set_threads(threads)
-    device = "cuda" if section.num_gpus else "cpu"
+    device = "cuda" if section.num_gpus and torch.cuda.is_available() else "cpu"
     storage = StorageSection.model_validate(task.storage)
     with tempfile.TemporaryDirectory(prefix="dmd-evaluate-") as folder:
         teacher = local_teacher(task.teacher, storage)

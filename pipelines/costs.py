@@ -103,9 +103,10 @@ def _priced(hours: dict[str, float], cost: CostSection) -> dict[str, Any]:
 # ---------------------------------------------------------------- pairs
 
 
-def evaluations_per_picture(section: PairsSection) -> int:
-    """Network evaluations of one sample: guidance doubles them, and so does Heun's second look."""
-    return _evaluations(section.solver, section.steps, section.guidance_scale)
+def evaluations_per_picture(section: PairsSection, *, distilled: bool = False) -> int:
+    """Network evaluations of one sample: Heun's second look doubles them, and so does guidance,
+    where it is no input of the network (`distilled`)."""
+    return _evaluations(section.solver, section.steps, not distilled and section.guidance_scale > 1)
 
 
 def pair_rate(
@@ -126,20 +127,25 @@ def pair_rate(
 
 
 def measured_pairs(
-    root: Store, section: PairsSection, fingerprint: dict[str, Any]
+    root: Store, section: PairsSection, fingerprint: dict[str, Any], *, distilled: bool = False
 ) -> MeasuredPairs | None:
     """The newest version whose making was recorded and can be compared: pictures of the same size
-    in the same precision, on GPUs if there are GPUs now. `fingerprint`: of the pairs asked for."""
+    in the same precision, on GPUs if there are GPUs now. `fingerprint`: of the pairs asked for;
+    `distilled`: guidance is an input of the teacher's network."""
     for version in sorted(list_versions(root), reverse=True)[:_VERSIONS]:
         with contextlib.suppress(ManifestError, StoreError):
-            found = _measured(root, load_manifest(root, version), section, fingerprint)
+            found = _measured(root, load_manifest(root, version), section, fingerprint, distilled)
             if found is not None:
                 return found
     return None
 
 
 def _measured(
-    root: Store, manifest: Manifest, section: PairsSection, fingerprint: dict[str, Any]
+    root: Store,
+    manifest: Manifest,
+    section: PairsSection,
+    fingerprint: dict[str, Any],
+    distilled: bool,
 ) -> MeasuredPairs | None:
     folder = generation_folder(manifest.fingerprint_digest)
     record = read_json(root, root.path(folder, "runs", f"{manifest.fence:06d}.json"))
@@ -151,17 +157,18 @@ def _measured(
     same_device = (record.get("gpu_s", 0.0) > 0) == (section.gpus_per_actor > 0)
     if rows <= 0 or busy <= 0 or not same_device:
         return None
-    evaluations = _evaluations(then["solver"], then["steps"], then["guidance_scale"])
-    scale = evaluations_per_picture(section) / evaluations
+    twice = not distilled and then["guidance_scale"] > 1
+    evaluations = _evaluations(then["solver"], then["steps"], twice)
+    scale = evaluations_per_picture(section, distilled=distilled) / evaluations
     stored = sum(file.rows for file in manifest.files)
     same_form = all(then.get(k) == fingerprint[k] for k in ("dtype", "teacher_revision"))
     size = sum(file.bytes for file in manifest.files) / stored if same_form else None
     return MeasuredPairs(manifest.version, rows, busy / rows * scale, size)
 
 
-def _evaluations(solver: str, steps: int, guidance_scale: float) -> int:
+def _evaluations(solver: str, steps: int, twice: bool) -> int:
     calls = {"heun": 2 * steps - 1, "edm_heun": 2 * steps - 1, "pndm": steps + 1}
-    return calls.get(solver, steps) * (2 if guidance_scale > 1 else 1)
+    return calls.get(solver, steps) * (2 if twice else 1)
 
 
 # ---------------------------------------------------------------- training

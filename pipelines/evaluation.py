@@ -35,7 +35,6 @@ from dmd_core.plain_call import call_in_words
 from dmd_core.prompt_encoding import class_label
 from dmd_core.teacher import class_names, teacher_revision
 from pipelines.alignment import alignment, clip_folder
-from pipelines.beside_settings import FEWEST_PROMPTS
 from pipelines.config import EvaluateSection, PairsSection
 from pipelines.images import SamplerPool, image_folders, make_images
 from pipelines.inception_features import REAL, Judge
@@ -85,6 +84,9 @@ def evaluate(
     if section.clip_model:  # before hours of sampling
         clip_folder(section.clip_model, networks.storage)
     plan, local = SamplingPlan.from_sections(section, pairs, student_timesteps), networks.local()
+    unit = Unit.of_teacher(local.teacher, section.confidence)
+    if why_not := unit.too_few(chosen):
+        raise ValueError(why_not)
     revisions = revisions or {
         "teacher_revision": teacher_revision(local.teacher),
         "student_revision": teacher_revision(local.student),
@@ -104,7 +106,6 @@ def evaluate(
     speed = ray.remote(measure_speed).options(num_cpus=pool.cpus, num_gpus=pool.gpus, **pool.where)
     own_space = PIXELS if family_of(local.teacher).on_pixels else FEATURE_SPACE
     space = own_space if judge is None else INCEPTION_SPACE
-    unit = Unit.of_teacher(local.teacher, section.confidence)
     metrics = _measure(images, features, load_gallery(local.teacher), unit, space)
     config = json.loads((Path(local.teacher) / "scheduler" / "scheduler_config.json").read_text())
     for system, entry in metrics["systems"].items():
@@ -125,14 +126,8 @@ def evaluate(
 
 
 def held_out(prompts: Sequence[str], most: int | None) -> tuple[str, ...]:
-    """The first `most` distinct prompts. Raises ValueError for too few."""
-    chosen = tuple(dict.fromkeys(prompts))[:most]
-    if len(chosen) < FEWEST_PROMPTS:
-        raise ValueError(
-            f"evaluate.prompts gives {len(chosen)} distinct prompts; expected at least "
-            f"{FEWEST_PROMPTS}, for prompts are what the confidence intervals are over"
-        )
-    return chosen
+    """The first `most` distinct prompts."""
+    return tuple(dict.fromkeys(prompts))[:most]
 
 
 def save_noise(run: Store, plan: SamplingPlan, images: Images) -> None:
@@ -150,14 +145,18 @@ def save_noise(run: Store, plan: SamplingPlan, images: Images) -> None:
 
 
 def _again(student: str, plan: SamplingPlan, images: Images) -> str:
-    """Python that makes the first picture again from the first of the saved noise."""
+    """Python that makes the first picture again from the first of the saved noise; "": none does,
+    for pipelines of flow models re-noise from torch's own generator, a whole batch at a time."""
     family, prompt, label = family_of(student), images.prompts[0], None
+    seed = images.seeds[0] if plan.student_steps > 1 else None
+    if seed is not None and "flow" in family.schedules:
+        return ""
     if family.on_pixels:
         classes = part_config(student, family.model).get("num_class_embeds")
         label = None if classes is None else class_label(prompt, class_names(student), classes)
     without = "".join(f", {name}=None" for name in left_out(student, family))
     height, width = images.pictures.shape[1:3]
-    called = call_in_words(family, prompt, label, (height, width), plan.student_steps)
+    called = call_in_words(family, prompt, label, (height, width), plan.student_steps, seed)
     return f'pipe = DiffusionPipeline.from_pretrained("student"{without})\n{called}'
 
 

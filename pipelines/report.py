@@ -33,6 +33,7 @@ from pipelines.report_text import (
     headline,
     health_lines,
     pair_switches,
+    reference_words,
     system_names,
     table_rows,
     tiles,
@@ -172,7 +173,7 @@ def render_report(inputs: ReportInputs, template: str) -> str:
             for step, png in _evenly(inputs.samples)
         ],
         metrics=metrics,
-        confidence=f"{100 * metrics['confidence']:.0f} %",
+        confidence=f"{100 * metrics['confidence']:g} %",
         sources=inputs.sources,
         files={
             "metrics": METRICS, "log": TRAINING_LOG, "noise": NOISE,
@@ -213,7 +214,8 @@ def _kid_plot(metrics: dict[str, Any], names: dict[str, str]) -> str:
         for system, name in names.items()
         if (kid := metrics["systems"].get(system, {}).get("kid"))
     ]
-    return interval_plot(rows, "kernel distance to the teacher (KID), lower is nearer")
+    target = reference_words(metrics)
+    return interval_plot(rows, f"kernel distance to {target} (KID), lower is nearer")
 
 
 def _read_metrics(run: Store) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def findings(metrics: dict[str, Any]) -> list[str]:
     prose = {START: "the student before training", MEAN: "the mean picture"} | few
     prose[TEACHER] = "the teacher itself"
     target = reference_words(metrics)
-    beyond = f"beyond the {_percent(metrics['confidence'])} confidence interval"
+    beyond = f"beyond the {100 * metrics['confidence']:g} % confidence interval"
     sentences = []
     for outcome, text in (
         (True, f"By kernel distance it is nearer to {target}, {beyond}, than {{}}."),
@@ -152,8 +152,8 @@ def health_lines(events: Iterable[HealthEvent]) -> list[dict[str, Any]]:
 def pair_switches(records: Iterable[Mapping[str, Any]]) -> list[str]:
     """Where training went over to another version of the pairs."""
     return [
-        f"After step {record['step']} it read version {record['pairs_version']:g} of the pairs "
-        f"({record['pairs_rows']:g} rows)."
+        f"After step {record['step']} it read version {record['pairs_version']:.0f} of the pairs "
+        f"({record['pairs_rows']:,.0f} rows)."
         for record in records
         if "pairs_version" in record
     ]

@@ -51,7 +51,8 @@ def measure_speed(
     Systems take turns, so that a machine that slows down slows all of them.
     """
     set_threads(networks.threads)
-    makers, ready = _picture_makers(plan, networks.local())
+    networks = networks.local()
+    makers, ready = _picture_makers(plan, networks)
     for system, make in makers.items():
         ready(system)
         for _ in range(_WARM_UP):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from dmd_core.families import family_of
+from pipelines.beside_settings import FEWEST
 
 PROMPTS, PICTURES = "prompts", "pictures"
 
@@ -23,6 +24,17 @@ class Unit:
     @staticmethod
     def of_teacher(folder: str, confidence: float) -> "Unit":
         return Unit(confidence, PICTURES if family_of(folder).on_pixels else PROMPTS)
+
+    def too_few(self, prompts: Sequence[str]) -> str:
+        """Why no interval can be given for rows of these prompts; "": one can."""
+        found = len(prompts) if self.name == PICTURES else len(set(prompts))
+        if found >= FEWEST:
+            return ""
+        distinct = "" if self.name == PICTURES else "distinct "
+        return (
+            f"evaluate.prompts gives {found} {distinct}{self.name}; expected at least {FEWEST}, "
+            f"for {self.name} are what the confidence intervals are over"
+        )
 
     def of(self, prompts: Sequence[str]) -> dict[str, Any]:
         """For the metrics: the confidence, and which rows of `prompts` belong together."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, LCMScheduler
 
 from dmd_core.condition import Condition
 from dmd_core.export import LORA_FOLDER, check_exportable, export_student
@@ -314,3 +314,22 @@ def test_the_call_in_words_makes_the_picture_of_the_call(families, name):
     torch.manual_seed(0)
     exec("\n".join(before), names)
     assert np.array_equal(np.asarray(eval(last, names)), np.asarray(expected))
+
+
+def test_the_call_in_words_draws_the_new_noise_of_a_student_of_several_steps(families):
+    pipeline, teacher = plain(families.folder("sd")), families.teacher("sd")
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    family, eps = family_of_pipeline(pipeline), noise(teacher)[:1]
+    arguments = call_arguments(family, PROMPTS[:1], None, eps.clone(), teacher.size)
+
+    def own(seed: int) -> np.ndarray:
+        drawn = [torch.Generator().manual_seed(seed)]
+        arguments["guidance_scale"] = student_guidance(family)
+        return np.asarray(pipeline(num_inference_steps=2, generator=drawn, **arguments).images[0])
+
+    words = call_in_words(family, PROMPTS[0], None, teacher.size, 2, seed=7)
+    *before, last = words.splitlines()
+    names: dict[str, object] = {"pipe": pipeline, "latents": eps}
+    exec("\n".join(before), names)
+    assert np.array_equal(np.asarray(eval(last, names)), own(7))
+    assert not np.array_equal(own(7), own(8))

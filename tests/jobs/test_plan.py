@@ -107,6 +107,10 @@ def test_a_version_knows_what_it_took(tiny_teacher_dir, tmp_path):
     doubled = SECTION.model_copy(update={"steps": 6})
     found = measured_pairs(root, doubled, manifest.fingerprint | {"steps": 6})
     assert found is not None and found.seconds == 1.0
+    found = measured_pairs(
+        root, doubled, manifest.fingerprint | {"guidance_scale": 1.0}, distilled=True
+    )
+    assert found is not None and found.seconds == 1.0  # guidance is no second pass
     plain = SECTION.model_copy(update={"guidance_scale": 1.0})
     found = measured_pairs(root, plain, manifest.fingerprint)
     assert found is not None and found.seconds == 0.25
@@ -195,6 +199,12 @@ def test_an_evaluation_counts_every_system(plan_of):
     per_prompt = 2 * (4 + 4 + 1 + 2) + 2
     assert code == 0 and plan["network_evaluations"] == 12 * per_prompt
     assert plan["cpu_hours"] == pytest.approx(12 * per_prompt * 1.0 / 3600, abs=1e-4)
+    systems = plan["systems"]
+    held_out = plan_of.folder / "held_out.txt"
+    held_out.write_text("\n".join(["one", "two", "three", "two"]))
+    code, plan, _ = plan_of("evaluate", evaluate__prompts=held_out, evaluate__few_steps="[2,4]")
+    assert plan["prompts"] == 3 and plan["systems"] == systems - 1  # the teacher makes 4 steps
+    assert plan["network_evaluations"] == 3 * (2 * (4 + 4 + 2) + 2)
 
 
 def test_a_teacher_of_ones_own_is_planned_too(plan_of):
@@ -231,6 +241,7 @@ def test_evaluations_are_those_that_the_solver_makes(solver):
     assert evaluations_per_picture(section) == len(scheduler.timesteps)
     guided = section.model_copy(update={"guidance_scale": 2.0})
     assert evaluations_per_picture(guided) == 2 * len(scheduler.timesteps)
+    assert evaluations_per_picture(guided, distilled=True) == len(scheduler.timesteps)
 
 
 def test_prices_are_no_part_of_a_run():

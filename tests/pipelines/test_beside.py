@@ -261,7 +261,13 @@ def test_an_untrained_checkpoint_measures_as_the_start_does(task, store, _one_th
     expected = regression_distance(start, teacher)
     assert found.metrics["rmse"] == pytest.approx(asdict(expected), rel=0.05)
     assert found.metrics["retrieval"] is None  # no gallery
-    assert "gallery" in measurable(EvaluationSection(metric="retrieval"), task.teacher, prompts)
+    found_by, here = EvaluationSection(metric="retrieval"), task.teacher
+    assert "no gallery" in measurable(found_by, EvaluateSection(), here, prompts)
+    inception = EvaluateSection(features="inception")
+    assert "compares latents" in measurable(found_by, inception, here, prompts)
+    assert measurable(EvaluationSection(metric="kid"), inception, here, prompts) == ""
+    few = measurable(EvaluationSection(), EvaluateSection(samples_per_prompt=20), here, ("cat",))
+    assert "gives 1 distinct prompts; expected at least 10" in few
     stored = open_images(store.at("evaluation", task.inputs), "teacher").first(4)
     batch = sampler(TEACHER, prompts[:4], task.plan().seeds(TEACHER, prompts[:4]))
     np.testing.assert_array_equal(stored.pictures, batch.pictures)

@@ -207,6 +207,20 @@ def test_table_rows_have_as_many_cells_as_the_head(with_retrieval):
     assert counts == {8 if with_retrieval else 6}
 
 
+def test_distances_are_named_after_what_they_are_taken_to():
+    assert "kernel distance to the teacher (KID)" in render_report(_inputs(), TEMPLATE)
+    of_real = render_report(_inputs(metrics=_metrics() | {"reference": "real"}), TEMPLATE)
+    assert "kernel distance to real pictures (KID)" in of_real
+    assert "distance to the teacher (KID)" not in of_real
+
+
+def test_only_systems_whose_pictures_are_there_are_announced():
+    text = "Small: the student before training (“Start”) and the teacher in one step."
+    assert text in render_report(_inputs(), TEMPLATE)
+    few = {system: _pictures(3) for system in ("teacher", "student", "start")}
+    assert text not in render_report(_inputs(pictures=few), TEMPLATE)
+
+
 def test_headline_says_the_speed_up_either_way():
     metrics = _metrics()
     assert headline(metrics) == (
@@ -225,6 +239,8 @@ def test_findings_tell_better_undecided_and_worse_apart():
         "Within the confidence interval it is neither nearer nor farther than the mean picture."
     )
     assert "farther from the teacher" in worse and worse.endswith("the teacher in 1 step.")
+    (sure, *_) = findings(_metrics() | {"confidence": 0.999})
+    assert "beyond the 99.9 % confidence interval" in sure
     all_better = copy.deepcopy(_metrics())
     for entry in all_better["comparisons"].values():
         entry["better"] = True
@@ -337,10 +353,10 @@ def test_the_running_mean_does_not_mix_both_sides_of_a_rollback():
 
 
 def test_switches_of_the_pairs_are_told():
-    records = [{"step": 4, "loss_dm": 1.0}, {"step": 4, "pairs_version": 2, "pairs_rows": 64}]
+    records = [{"step": 4, "loss_dm": 1.0}, {"step": 4, "pairs_version": 2, "pairs_rows": 1234567}]
     assert pair_switches(records) == [
-        "After step 4 it read version 2 of the pairs (64 rows)."
-    ]  # fmt: skip
+        "After step 4 it read version 2 of the pairs (1,234,567 rows)."
+    ]
     assert "version 2 of the pairs" in render_report(_inputs(records=records), TEMPLATE)
 
 
