@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,19 @@ from cluster.job_server import SubmitError
 from cluster.package import Package, measure
 from cluster.secrets import SecretError, refuse_secrets
 from cluster.submit import job_environment
-from jobs.config import yaml_problem
+from jobs.config import Recipe, yaml_problem
 from jobs.errors import Exit, JobError
 from jobs.job_door import VerbJob, read_job
-from pipelines.config import TeacherSection
+from pipelines.config import EvaluateSection, TeacherSection
 
 _DIGEST = 10  # characters of it in an id
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # it is part of URLs and file names
 _WITHOUT_TEACHER = ("doctor", "inspect", "report", "train-teacher")
 _READ_PROMPTS = ("demo", "pairs", "regenerate", "pipeline")
-_READ_HELD_OUT = ("demo", "evaluate", "pipeline")
+_TRAIN = ("demo", "train", "pipeline")
+_EVALUATE = ("demo", "evaluate", "pipeline")
+_PERCEPTUAL = ("lpips", "st-lpips")  # as in dmd_core.perceptual, which would load torch
+_WORDS = {"", "emoji", "vae", "latents"}  # what a key may say in place of a path
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,14 @@ def _refuse_left_out(job: VerbJob, package: Package) -> None:
             Exit.USAGE,
         )
     for key, path in _relative_paths(job):
-        missing = [file for file in _files_at(package.folder, path) if file not in package.files]
+        found = _files_at(package.folder, path)
+        if not found:
+            raise JobError(
+                f"{key} is {path!r}, and the working directory has no such file; give s3://…, or "
+                "a path that all machines share",
+                Exit.USAGE,
+            )
+        missing = [file for file in found if file not in package.files]
         if missing:
             raise JobError(
                 f"{key} is {path!r}, but {missing[0]} does not travel with the working directory "
@@ -157,18 +168,59 @@ def _relative_paths(job: VerbJob) -> list[tuple[str, str]]:
     """(key, path) of what this verb reads by a path that is relative here."""
     if job.recipe is None:
         return []
-    named = []
-    if job.verb not in _WITHOUT_TEACHER:
-        named += _teacher_paths(job.recipe.teacher)
-    if job.verb in _READ_PROMPTS:
-        prompts = job.recipe.pairs.prompts
-        listed = [prompts] if isinstance(prompts, str) else prompts
-        named += [("pairs.prompts", each) for each in listed]
-    if job.verb in _READ_HELD_OUT:
-        named.append(("evaluate.prompts", job.recipe.evaluate.prompts))
-        clip = job.recipe.evaluate.clip_model
-        named += [("evaluate.clip_model", clip)] if clip and "@" not in clip else []
-    return [(key, path) for key, path in named if ":" not in path and not os.path.isabs(path)]
+    return [
+        (key, path)
+        for key, path in dict.fromkeys(_paths(job.verb, job.recipe))
+        if path not in _WORDS and ":" not in path and not os.path.isabs(path)
+    ]
+
+
+def _paths(verb: str, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(key, value) of every file and folder that the verb reads, as the recipe names it."""
+    if verb not in _WITHOUT_TEACHER:
+        yield from _teacher_paths(recipe.teacher)
+    if verb in _READ_PROMPTS:
+        yield from _prompt_paths(recipe)
+    if verb in _TRAIN:
+        yield from _training_paths(recipe)
+    if verb in _EVALUATE:
+        yield from _evaluation_paths(recipe.evaluate)
+        if "@" not in recipe.evaluate.clip_model:
+            yield "evaluate.clip_model", recipe.evaluate.clip_model
+    if verb == "train-teacher":
+        section = recipe.train_teacher
+        yield "train_teacher.start_from", section.start_from
+        if section.data == "cifar10":
+            yield "train_teacher.pixel.path", section.pixel.path
+
+
+def _prompt_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    prompts = recipe.pairs.prompts
+    for each in (prompts,) if isinstance(prompts, str) else prompts:
+        yield "pairs.prompts", each
+
+
+def _training_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """What the stages read, and the evaluations beside them."""
+    section = recipe.train
+    yield "train.unpaired_prompts", section.unpaired_prompts
+    if not section.unpaired_prompts and not section.needs_pairs:
+        yield from _prompt_paths(recipe)
+    if section.uses_gan:
+        yield "train.real_pictures", section.real_pictures
+    for _, keys in section.plan():
+        if keys.needs_pairs and keys.regression_loss in _PERCEPTUAL:
+            yield "train.perceptual_trunk", section.perceptual_trunk
+            yield "train.regression_decoder", keys.regression_decoder
+    if section.evaluation.steps:
+        yield from _evaluation_paths(recipe.evaluate)
+
+
+def _evaluation_paths(section: EvaluateSection) -> Iterator[tuple[str, str]]:
+    yield "evaluate.prompts", section.prompts
+    yield "evaluate.real", section.real
+    if section.features == "inception":
+        yield "evaluate.inception", section.inception
 
 
 def _files_at(folder: str, path: str) -> list[str]:

@@ -296,6 +296,76 @@ def test_what_would_fail_there_is_refused_here(fake, folder, capfd, words, expec
     assert fake.asked == []
 
 
+_LPIPS = {"train.regression_loss": "lpips", "train.perceptual_trunk": "FILE"}
+_NO_PAIRS = {"train.lambda_reg": "0", "train.regression_batch_size": "0"}
+_GAN = _NO_PAIRS | {"train.gan_weight": "0.1", "train.real_pictures": "FILE"}
+_BESIDE = {"train.evaluation.steps": "500"}
+_INCEPTION = {"evaluate.features": "inception"}
+
+
+@pytest.mark.parametrize(
+    ("verb", "key", "settings"),
+    [
+        ("train", "train.unpaired_prompts", {}),
+        ("train", "train.perceptual_trunk", _LPIPS),
+        ("pipeline", "train.perceptual_trunk", _LPIPS),
+        ("train", "train.regression_decoder", {"train.regression_loss": "st-lpips"}),
+        ("train", "train.real_pictures", _GAN),
+        ("train", "pairs.prompts", _NO_PAIRS),
+        ("train", "pairs.prompts", _GAN | {"train.real_pictures": "emoji"}),
+        ("train", "evaluate.prompts", _BESIDE),
+        ("train", "evaluate.inception", _BESIDE | _INCEPTION),
+        ("evaluate", "evaluate.prompts", {}),
+        ("evaluate", "evaluate.inception", _INCEPTION),
+        ("pipeline", "evaluate.real", _INCEPTION),
+        ("evaluate", "evaluate.clip_model", {}),
+        ("train-teacher", "train_teacher.start_from", {"train_teacher.vae_steps": "0"}),
+        ("train-teacher", "train_teacher.pixel.path",
+         {"train_teacher.data": "cifar10", "train_teacher.vae_steps": "4000"}),
+    ],
+)  # fmt: skip
+def test_every_file_that_a_verb_reads_must_travel(fake, folder, capfd, verb, key, settings):
+    """Left out (weights), not there at all, and sent along."""
+    (folder / "weights").mkdir()
+    (folder / "weights" / "own.pth").write_text("")
+    for path, expected in (
+        ("weights/own.pth", f"{key} is 'weights/own.pth', but weights/own.pth does not travel"),
+        ("nowhere.txt", f"{key} is 'nowhere.txt', and the working directory has no such file"),
+    ):
+        given = {name: path if value == "FILE" else value for name, value in settings.items()}
+        words = [f"{name}={value}" for name, value in (given | {key: path}).items()]
+        assert _submit_verb(fake, verb, *words) == Exit.USAGE
+        assert expected in capfd.readouterr().err
+    assert fake.jobs == {}
+    (folder / "sent").write_text("")
+    given = {name: "sent" if value == "FILE" else value for name, value in settings.items()}
+    words = [f"{name}={value}" for name, value in (given | {key: "sent"}).items()]
+    assert _submit_verb(fake, verb, *words) == 0
+
+
+@pytest.mark.parametrize(
+    ("verb", "settings"),
+    [
+        ("train", _GAN | {"train.real_pictures": "emoji"}),
+        ("train", {"train.regression_decoder": "weights/unused"}),
+        ("train", {"train.unpaired_prompts": "s3://bucket/prompts.txt"}),
+        ("train", {"evaluate.prompts": "later.txt"}),
+        ("evaluate", {"train.unpaired_prompts": "then.txt", "pairs.prompts": "then.txt"}),
+        ("report", {"evaluate.prompts": "then.txt"}),
+        ("pipeline", {"evaluate.prompts": "shipped:held_out", "evaluate.clip_model": "a/b@c"}),
+    ],
+)
+def test_what_a_verb_does_not_read_need_not_travel(fake, verb, settings):
+    assert _submit_verb(fake, verb, *(f"{name}={value}" for name, value in settings.items())) == 0
+
+
+def _submit_verb(fake, verb: str, *settings: str) -> int:
+    words = [part for setting in settings for part in ("--set", setting)]
+    return main(
+        ["submit", verb, "--config", "my.yaml", *words, "--address", fake.address, "--no-wait"]
+    )
+
+
 def test_a_recipe_is_named_by_its_place_in_the_working_directory(fake, folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
     for config in (["--config", "project/my.yaml"], [f"--recipe={folder}/my.yaml"]):
