@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -26,11 +27,19 @@ os.execv(sys.argv[2], sys.argv[2:])
 class Birth:
     """A process for good: the system gives a pid again, but not with the same start time.
 
-    `created`: seconds since the epoch, as the system counts them.
+    `created`: seconds since the epoch, which move when the machine's clock is set. `ticks` since
+    the start `boot` of the machine do not; "": they are not known, as outside Linux.
     """
 
     pid: int
     created: float
+    ticks: str = ""
+    boot: str = ""
+
+    @staticmethod
+    def of(pid: int) -> "Birth":
+        """Raises `psutil.NoSuchProcess`."""
+        return Birth(pid, psutil.Process(pid).create_time(), *_ticks(pid))
 
 
 def spawn(
@@ -58,18 +67,34 @@ def spawn(
             env=dict(environment),
             start_new_session=True,
         )
-    return Birth(process.pid, psutil.Process(process.pid).create_time())
+    return Birth.of(process.pid)
 
 
 def find(birth: Birth) -> psutil.Process | None:
     """The process, if it is alive and still the same."""
     try:
         process = psutil.Process(birth.pid)
-        if process.create_time() != birth.created or process.status() == psutil.STATUS_ZOMBIE:
+        if process.status() == psutil.STATUS_ZOMBIE or not _is_same(process, birth):
             return None
     except psutil.Error:
         return None
     return process
+
+
+def _is_same(process: psutil.Process, birth: Birth) -> bool:
+    if birth.ticks:
+        return _ticks(process.pid) == (birth.ticks, birth.boot)
+    return process.create_time() == birth.created
+
+
+def _ticks(pid: int) -> tuple[str, str]:
+    """When the process started, in ticks since the machine did, and which start of it that was."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # not Linux, or gone
+        return "", ""
+    return stat.rsplit(")", 1)[1].split()[19], boot
 
 
 def family(birth: Birth) -> list[psutil.Process]:

@@ -84,10 +84,37 @@ def wait_until(reached, seconds: float = 60) -> None:
 def test_a_process_is_known_by_its_birth_not_by_its_pid(started):
     birth = started()
     assert find(birth) is not None
-    other = replace(birth, created=birth.created - 1)
-    assert find(other) is None and family(other) == []
+    others = [replace(birth, ticks="1"), replace(birth, boot="another")]
+    # Of an earlier release, or not of Linux: by its time alone.
+    timed = replace(birth, ticks="", boot="")
+    assert find(timed) is not None
+    for other in (*others, replace(timed, created=birth.created - 1)):
+        assert find(other) is None and family(other) == []
     end(family(birth))
     assert find(birth) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux's kernel")
+def test_a_clock_that_is_set_ends_no_cluster(started, folder, monkeypatch):
+    """What the system says a process was created at moves with the clock."""
+    remembered(folder, started())
+    created = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: created(self) + 3600)
+    record = read_record(folder)
+    assert record is not None and module._works(record)
+    assert len(family(record.nodes[0].process)) == 1
+
+
+def test_the_record_of_an_earlier_release_is_read(started, folder):
+    birth = started()
+    remembered(folder, birth)
+    path = folder / "cluster.json"
+    content = json.loads(path.read_text())
+    for node in content["nodes"]:
+        node["process"] = {"pid": birth.pid, "created": birth.created}
+    path.write_text(json.dumps(content))
+    record = read_record(folder)
+    assert record is not None and module._works(record)
 
 
 def test_a_family_ends_together_and_a_bystander_goes_on(started):
@@ -193,7 +220,8 @@ def test_down_ends_what_is_remembered_or_marked_and_no_other(folder, started):
     head, other = started(PARENT), started(PARENT, **{MARK: "/tmp/another"})
     record = remembered(folder, head)
     stray = started(SLEEP, **{MARK: record.place.root})
-    reused = replace(started(), created=1.0)  # a pid of the record that is somebody else's now
+    # A pid of the record that is somebody else's now.
+    reused = replace(started(), created=1.0, ticks="1")
     write_record(
         folder, replace(record, nodes=(*record.nodes, NodeRecord("worker-2", None, reused)))
     )
