@@ -27,10 +27,11 @@ import torch
 
 from dmd_core.types import PairBatch
 from pipelines.config import PairsSection
-from pipelines.manifest_model import SCHEMA_VERSION, canonical_digest, generation_folder
+from pipelines.manifest_model import canonical_digest, generation_folder
 
 # Raised by hand when a change of the code changes the numbers that a fingerprint stands for.
 NUMERICS_VERSION = 1
+ROW_SCHEMA_VERSION = 2  # of a row; manifests have their own
 TENSORS = ("noise", "latent")
 _NEGATIVE_PROMPT = "negative_prompt"
 _DTYPES = {torch.float16: "float16", torch.float32: "float32"}
@@ -164,7 +165,7 @@ def encode_pairs(
         )
     schema = pair_schema(tuple(noise.shape[1:]), _DTYPES[noise.dtype], fingerprint, provenance)
     columns = [
-        pa.array([SCHEMA_VERSION] * len(batch), pa.int16()),
+        pa.array([ROW_SCHEMA_VERSION] * len(batch), pa.int16()),
         pa.array(batch.pair_ids, pa.int64()),
         pa.array(batch.prompts, pa.string()),
         pa.array(seeds, pa.int64()),
@@ -207,8 +208,8 @@ def _check_table(table: pa.Table) -> tuple[tuple[int, ...], str]:
     """(C,h,w) and the dtype of the tensors of a table that holds nothing but whole pairs."""
     shape, dtype = check_schema(table.schema)
     versions = table["schema_version"].unique().to_pylist()
-    if versions not in ([], [SCHEMA_VERSION]):
-        raise PairSchemaError(f"rows of schema version {versions}; expected {SCHEMA_VERSION}")
+    if versions not in ([], [ROW_SCHEMA_VERSION]):
+        raise PairSchemaError(f"rows of schema version {versions}; expected {ROW_SCHEMA_VERSION}")
     for name in table.column_names:
         if name != _NEGATIVE_PROMPT and table[name].null_count:
             raise PairSchemaError(f"column {name!r} has {table[name].null_count} empty values")

@@ -1,7 +1,11 @@
 """`dmd pipeline`: one chain at a time, which outlasts a store that is away."""
 
+import signal
 import threading
 import time
+from collections.abc import Iterator
+
+import pytest
 
 from jobs import train
 from jobs.errors import Exit
@@ -29,6 +33,15 @@ def test_a_training_outlasts_a_store_that_is_away(pipeline, monkeypatch):
     assert code == Exit.OK and ran == list(NAMES), said
 
 
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """What a shell starts in the background ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 def test_a_chain_that_was_taken_over_ends_before_it_says_what_it_did(pipeline, monkeypatch):
     def train_until_taken_over(session):
         leases = open_store(str(pipeline.run)).at("steps", "leases")
