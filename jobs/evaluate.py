@@ -31,9 +31,6 @@ from pipelines.images import NUMERICS_VERSION
 from pipelines.pairs import fingerprint_of
 from pipelines.prompts import read_prompts
 from pipelines.systems import (
-    START,
-    STUDENT,
-    TEACHER_AGAIN,
     Networks,
     SamplingPlan,
     network_evaluations,
@@ -106,39 +103,32 @@ def plan(session: Session) -> dict[str, Any]:
     recipe, section = session.recipe, session.recipe.evaluate
     prompts = read_prompts(resolve_shipped(section.prompts), recipe.storage).prompts
     count = len(held_out(prompts, section.max_prompts)) * section.samples_per_prompt
-    evaluations = count * _evaluations_per_prompt(session)
+    sampling = _plan(session)
+    systems = sampling.systems(mean=recipe.train.needs_pairs, real=bool(section.real))
+    evaluations = count * _evaluations_per_prompt(session, sampling, systems)
     work = Work(evaluations, section.actors, section.cpus_per_actor, section.gpus_per_actor)
     return {
         "prompts": count,
-        "systems": len(_systems(session)) + recipe.train.needs_pairs,
+        "systems": len(systems),
         "network_evaluations": evaluations,
         "writes_to": f"{session.store.url}/{METRICS}",
         **estimate(work, _evaluation_rate(session), recipe.cost),
     }
 
 
-def _evaluations_per_prompt(session: Session) -> int:
+def _evaluations_per_prompt(session: Session, plan: SamplingPlan, systems: Sequence[str]) -> int:
     """Network evaluations for one prompt by all systems together."""
     folder = Path(session.teacher_dir)
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     distilled = guidance_distilled(str(folder))
     return sum(
-        network_evaluations(_plan(session), scheduler, system, distilled=distilled)
-        for system in _systems(session)
+        network_evaluations(plan, scheduler, system, distilled=distilled) for system in systems
     )
 
 
 def _plan(session: Session) -> SamplingPlan:
     recipe = session.recipe
     return SamplingPlan.from_sections(recipe.evaluate, recipe.pairs, recipe.train.student_timesteps)
-
-
-def _systems(session: Session) -> list[str]:
-    """What is sampled, but for the mean picture, which costs nothing."""
-    systems = [*_plan(session).teacher_steps(), START, STUDENT]
-    if session.recipe.evaluate.real:
-        systems.remove(TEACHER_AGAIN)
-    return systems
 
 
 def _evaluation_rate(session: Session) -> Rate:

@@ -5,7 +5,6 @@ time, whenever there are resources to spare, and waits for the last one before `
 came of it is read from files, so nothing here depends on Ray Train's own snapshot.
 """
 
-import hashlib
 import json
 import logging
 import tempfile
@@ -19,8 +18,8 @@ import ray.train
 from ray.exceptions import RayError, TaskCancelledError
 from ray.train import ValidationConfig, ValidationTaskConfig
 
-from dmd_core.checkpoint import MARKER, checkpoint_path, committed_steps
-from dmd_core.files import join, store_errors
+from dmd_core.checkpoint import committed_steps
+from dmd_core.files import store_errors
 from pipelines.beside_results import (
     Evaluated,
     drop_results_after,
@@ -37,6 +36,7 @@ from pipelines.beside_task import EvaluationTask, evaluate_checkpoint
 from pipelines.config import EvaluateSection
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store
+from pipelines.student_export import checkpoint_digest
 
 POINTER = "pointer.json"
 _ATTEMPTS = 2
@@ -255,14 +255,11 @@ def _evaluated(task: EvaluationTask, step: int) -> Evaluated:
 
 
 def _mark(store: Store, step: int) -> str | None:
-    """What tells a checkpoint from an earlier or later one of the same step; None: there is none.
-    The marker names the checksums of all its files."""
-    path = join(checkpoint_path(store.path(CHECKPOINTS), step), MARKER)
+    """What tells a checkpoint from another of the same step, in results; None: there is none."""
     try:
-        marker: Any = store.fs.cat_file(path)
+        return checkpoint_digest(store, step)[:16]
     except FileNotFoundError:
         return None
-    return hashlib.sha256(marker).hexdigest()[:16]
 
 
 def _last_line(error: RayError) -> str:

@@ -41,8 +41,6 @@ from pipelines.inception_features import REAL, Judge
 from pipelines.storage import Store
 from pipelines.stored_images import Pictures, open_images
 from pipelines.systems import (
-    MEAN,
-    START,
     STUDENT,
     TEACHER,
     TEACHER_AGAIN,
@@ -91,7 +89,7 @@ def evaluate(
         "teacher_revision": teacher_revision(local.teacher),
         "student_revision": teacher_revision(local.student),
     }
-    systems = _systems(plan, networks, real=bool(section.real))
+    systems = plan.systems(mean=networks.mean is not None, real=bool(section.real))
     folders = image_folders(plan, chosen, systems, mean=networks.mean, **revisions)
     root, pool = run.at(FOLDER), SamplerPool.of(section)
     make_images(
@@ -158,12 +156,6 @@ def _again(student: str, plan: SamplingPlan, images: Images) -> str:
     height, width = images.pictures.shape[1:3]
     called = call_in_words(family, prompt, label, (height, width), plan.student_steps, seed)
     return f'pipe = DiffusionPipeline.from_pretrained("student"{without})\n{called}'
-
-
-def _systems(plan: SamplingPlan, networks: Networks, *, real: bool) -> list[str]:
-    free = [START] if networks.mean is None else [START, MEAN]
-    again = [] if real else [TEACHER_AGAIN]  # the reference, where there are no real pictures
-    return [TEACHER, STUDENT, *again, *free, *plan.few()]
 
 
 def _measure(

@@ -108,6 +108,12 @@ class SamplingPlan:
         """Solver steps of every system that runs the teacher's solver."""
         return {TEACHER: self.steps, TEACHER_AGAIN: self.steps} | self.few()
 
+    def systems(self, *, mean: bool, real: bool) -> list[str]:
+        """All that an evaluation samples: with the `mean` picture, if there are pairs, and without
+        the reference draw, if `real` pictures are the reference."""
+        again = [] if real else [TEACHER_AGAIN]
+        return [TEACHER, STUDENT, *again, START, *([MEAN] if mean else []), *self.few()]
+
 
 @dataclass(frozen=True)
 class Networks:
