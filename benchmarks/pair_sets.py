@@ -1,6 +1,7 @@
 """Large data sets of made-up pairs: landing, sealing and reading, as `benchmarks.pairs` measures
 them. Each function is the whole work of a process; see `benchmarks.pair_loops`."""
 
+import itertools
 import os
 import shutil
 import sys
@@ -132,9 +133,9 @@ def reading(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_batches(reader: PairReader, size: int, limit_s: float) -> float:
-    """Whole batches of one epoch, or as many as `limit_s` allows."""
+    """Batch after batch, over as many epochs as `limit_s` allows: as long as a scan goes on."""
     started, rows = time.monotonic(), 0
-    for k in range(len(reader) // size):
+    for k in itertools.count():
         rows += len(reader.batch(k, size))
         if time.monotonic() - started > limit_s:
             break

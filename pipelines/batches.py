@@ -4,10 +4,10 @@ Global batch k is a fixed slice of the version's endless stream of epochs (`pipe
 whatever the number of workers. To resume at k is to ask for k.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,13 +17,15 @@ from dmd_core.types import PairBatch
 from pipelines.manifest_model import Manifest, ManifestFile
 from pipelines.pair_files import PairFileError, PairFiles, kept_mask
 from pipelines.pair_order import WINDOW_ROW_GROUPS, RowOrder, part_of_batch
-from pipelines.pairs import tensor_values
+from pipelines.pairs import TENSORS, tensor_values
 from pipelines.storage import Store
 
 __all__ = ["WINDOW_ROW_GROUPS", "PairFileError", "PairPrompts", "PairReader", "part_of_batch"]
 
 _CACHED_WINDOWS = 2  # a batch may straddle two
 _PAIR = ("pair_id", "prompt", "noise", "latent")
+# Of rows in their order: a tensor is a flat view of what Arrow holds, not to be written to.
+_Columns = dict[str, list[Any]]
 
 
 class PairReader:
@@ -70,7 +72,9 @@ class PairReader:
         change their size from stage to stage."""
         part = part_of_batch(global_batch, rank, world_size)
         pieces = self._order.pieces(position + part.start, len(part))
-        return _joined([self._window(p.window).batch(p.start, p.stop) for p in pieces])
+        return _joined(
+            [_pairs(self._window(p.window), p.start, p.stop, self.shape) for p in pieces]
+        )
 
     def rows(self, rows: np.ndarray) -> PairBatch:
         """The given rows (indices into the version), in the given order."""
@@ -78,24 +82,10 @@ class PairReader:
             raise ValueError("a batch of no rows; expected at least one")
         if not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
-        return self._pairs(rows).batch(0, len(rows))
+        return _pairs(self._rows.read(rows, _PAIR), 0, len(rows), self.shape)
 
-    def _read_window(self, window: tuple[int, int]) -> "_Pairs":
-        return self._pairs(self._order.window_rows(window))
-
-    def _pairs(self, rows: np.ndarray) -> "_Pairs":
-        found, layout = self._rows.read(rows, _PAIR), self._files.layout()
-        noise, latents = (
-            [
-                tensor_values(table[name], prod(layout.shape), layout.dtype).reshape(
-                    -1, *layout.shape
-                )
-                for table in found.tables
-            ]
-            for name in ("noise", "latent")
-        )
-        ids = found.column("pair_id").to_numpy()
-        return _Pairs(ids, _text(found.column("prompt")), found.table, found.place, noise, latents)
+    def _read_window(self, window: tuple[int, int]) -> "_Columns":
+        return self._rows.read(self._order.window_rows(window), _PAIR)
 
 
 class PairPrompts:
@@ -110,53 +100,11 @@ class PairPrompts:
     ) -> tuple[str, ...]:
         part = part_of_batch(global_batch, rank, world_size)
         pieces = self._order.pieces(position + part.start, len(part))
-        texts = [self._window(p.window)[p.start : p.stop].to_pylist() for p in pieces]
+        texts = [self._window(p.window)[p.start : p.stop] for p in pieces]
         return tuple(prompt for part in texts for prompt in part)
 
-    def _read_window(self, window: tuple[int, int]) -> pa.Array:
-        found = self._rows.read(self._order.window_rows(window), ["prompt"])
-        return _text(found.column("prompt"))
-
-
-class _Pairs(NamedTuple):
-    """Pairs in their order. Row i's tensors lie in place[i] of noise[table[i]] and
-    latents[table[i]], which are views of what Arrow holds: not to be written to."""
-
-    pair_ids: np.ndarray
-    prompts: pa.Array
-    table: np.ndarray
-    place: np.ndarray
-    noise: list[np.ndarray]
-    latents: list[np.ndarray]
-
-    def batch(self, start: int, stop: int) -> PairBatch:
-        """A copy of some of them, row by row: each number is moved once."""
-        shape, dtype = (stop - start, *self.noise[0].shape[1:]), self.noise[0].dtype
-        noise, latents = np.empty(shape, dtype), np.empty(shape, dtype)
-        tables, places = self.table[start:stop].tolist(), self.place[start:stop].tolist()
-        for row, (table, place) in enumerate(zip(tables, places, strict=True)):
-            noise[row] = self.noise[table][place]
-            latents[row] = self.latents[table][place]
-        return PairBatch(
-            tuple(self.pair_ids[start:stop].tolist()),
-            tuple(self.prompts[start:stop].to_pylist()),
-            torch.from_numpy(noise),
-            torch.from_numpy(latents),
-        )
-
-
-class _Found(NamedTuple):
-    """Rows that were read, in the asked order: row i is row place[i] of tables[table[i]]."""
-
-    tables: list[pa.Table]
-    table: np.ndarray
-    place: np.ndarray
-
-    def column(self, name: str) -> pa.ChunkedArray:
-        """One column of the rows, in order."""
-        starts = np.cumsum([0, *(len(table) for table in self.tables)])[self.table]
-        column = pa.chunked_array([chunk for t in self.tables for chunk in t[name].chunks])
-        return column.take(pa.array(starts + self.place))
+    def _read_window(self, window: tuple[int, int]) -> list[str]:
+        return self._rows.read(self._order.window_rows(window), ["prompt"])["prompt"]
 
 
 class _Rows:
@@ -176,16 +124,31 @@ class _Rows:
     def __len__(self) -> int:
         return len(self._group)
 
-    def read(self, rows: np.ndarray, columns: Sequence[str]) -> _Found:
+    def read(self, rows: np.ndarray, columns: Sequence[str]) -> _Columns:
         """The rows (indices into the version) in the given order; each row group is read once."""
         groups, table = np.unique(self._group[rows], return_inverse=True)
         places = [self._groups[group] for group in groups]
         tables = [self._files.read(file, row_group, columns) for file, row_group in places]
-        return _Found(tables, table, self._place[rows])
+        starts = np.cumsum([0, *map(len, tables)])[table]
+        order = (starts + self._place[rows]).tolist()
+        found = {}
+        for name in columns:
+            values = [value for table in tables for value in self._values(name, table[name])]
+            found[name] = [values[i] for i in order]
+        return found
+
+    def _values(self, name: str, column: pa.ChunkedArray) -> Iterable[Any]:
+        if name not in TENSORS:
+            return column.to_pylist()
+        shape, dtype = self._files.layout()
+        return tensor_values(column, prod(shape), dtype)
 
 
-def _text(column: pa.ChunkedArray) -> pa.Array:
-    return pa.concat_arrays(column.chunks)
+def _pairs(columns: _Columns, start: int, stop: int, shape: tuple[int, ...]) -> PairBatch:
+    """A copy of some of them: each number is moved once."""
+    ids, prompts, *tensors = (columns[name][start:stop] for name in _PAIR)
+    noise, latents = (torch.from_numpy(np.concatenate(rows)) for rows in tensors)
+    return PairBatch(tuple(ids), tuple(prompts), noise.view(-1, *shape), latents.view(-1, *shape))
 
 
 def _joined(parts: Sequence[PairBatch]) -> PairBatch:

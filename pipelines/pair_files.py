@@ -4,7 +4,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +15,11 @@ from pipelines.manifest_model import Manifest, ManifestFile
 from pipelines.pairs import PairSchemaError, check_schema, fingerprint_digest
 from pipelines.storage import Store
 
-# Kept open, with their footers parsed: to open a file costs more than to read a row group.
+# To open a file and check its footer costs more than to read a row group. A footer takes some
+# 30 KB; an open file a descriptor, too.
 _OPEN_FILES = 128
+_KEPT_FOOTERS = 2048
+_Value = TypeVar("_Value")
 
 
 class PairFileError(RuntimeError):
@@ -36,7 +39,8 @@ class PairFiles:
 
     def __init__(self, root: Store, manifest: Manifest, *, verify: bool) -> None:
         self._root, self._manifest, self._verify = root, manifest, verify
-        self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._open: _Recent[pq.ParquetFile] = _Recent(_OPEN_FILES)
+        self._footers: _Recent[pq.FileMetaData] = _Recent(_KEPT_FOOTERS)  # checked
         self._verified: set[int] = set()
         self._schema: pa.Schema | None = None  # of the file that was checked last
         self._layout: tuple[Layout, str] | None = None  # of the first file, and its path
@@ -55,7 +59,8 @@ class PairFiles:
         groups = [] if row_group is None else [row_group]
         try:
             parquet = self._opened(path, number, file)
-            table = parquet.read_row_groups(groups, list(columns), use_threads=True)
+            # Threads would take longer to start than so few rows take to read.
+            table = parquet.read_row_groups(groups, list(columns), use_threads=False)
         except (pa.ArrowException, PairSchemaError, OSError) as error:
             raise PairFileError(f"{path}: cannot be read: {error}") from error
         for name in columns:
@@ -64,12 +69,12 @@ class PairFiles:
         return table.replace_schema_metadata()  # it may differ from file to file
 
     def _opened(self, path: str, number: int, file: ManifestFile) -> pq.ParquetFile:
-        found = self._open.pop(number, None)
+        found = self._open.get(number)
         if found is None:
             found = self._checked(path, number, file)
-        self._open[number] = found
-        if len(self._open) > _OPEN_FILES:
-            self._open.popitem(last=False)[1].close(force=True)
+            dropped = self._open.put(number, found)
+            if dropped is not None:
+                dropped.close(force=True)
         return found
 
     def _checked(self, path: str, number: int, file: ManifestFile) -> pq.ParquetFile:
@@ -77,12 +82,16 @@ class PairFiles:
             stream = closing.enter_context(self._stream(path))
             self._check_bytes(path, number, file, stream)
             # Reading ahead saves requests; on a local disk it only costs.
+            known = self._footers.get(number)
             parquet = pq.ParquetFile(
                 stream,
+                metadata=known,
                 pre_buffer=not is_local(self._root.fs),
                 page_checksum_verification=True,
             )
-            self._check_footer(path, file, parquet)
+            if known is None:
+                self._check_footer(path, file, parquet)
+                self._footers.put(number, parquet.metadata)
             closing.pop_all()
         return parquet
 
@@ -135,6 +144,23 @@ class PairFiles:
                 "batches: keep prompts of other sizes in a data set of their own"
             )
         self._schema = schema
+
+
+class _Recent(Generic[_Value]):
+    """The `size` things that were used last, each under the number of its file."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._items = size, OrderedDict[int, _Value]()
+
+    def get(self, number: int) -> _Value | None:
+        if number in self._items:
+            self._items.move_to_end(number)
+        return self._items.get(number)
+
+    def put(self, number: int, value: _Value) -> _Value | None:
+        """Returns what had to go for it."""
+        self._items[number] = value
+        return self._items.popitem(last=False)[1] if len(self._items) > self._size else None
 
 
 def kept_mask(file: ManifestFile) -> np.ndarray:
