@@ -7,7 +7,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.inspection import GenerationFacts, Overview, VersionFacts
+from pipelines.inspection_facts import GenerationFacts, Overview, VersionFacts
 
 _DIGEST_CHARACTERS = 16
 _REASONS = 5

@@ -34,6 +34,7 @@ MAY_CHANGE = {
     "pairs.prompt_column",
     "pairs.samples_per_prompt",
     "pairs.batch_size",
+    "pairs.compile",
     "pairs.rows_per_block",
     "pairs.row_group_rows",
     "pairs.max_rejected_share",

@@ -156,6 +156,10 @@ class PairsSection(Section):
         default="float16", description="of the stored tensors"
     )
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = Field(
+        default=False,
+        description="torch.compile the teacher's network: a worker starts later and is faster then",
+    )
     batch_size: Positive = 16
     rows_per_block: Positive = Field(
         default=64, description="unit of work and of lost work, and rows of a file"

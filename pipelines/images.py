@@ -159,11 +159,13 @@ def _missing_batches(
 
 class _SamplerActor:
     def __init__(self, plan: SamplingPlan, networks: Networks, where: _Target) -> None:
-        set_threads(networks.threads)
+        set_threads(1)  # see `set_threads`
+        self.threads = networks.threads
         self.sampler, self.where = SystemSampler(plan, networks.local()), where
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Sample one batch of one system and write its file; how many rows it has."""
+        set_threads(self.threads)
         system, start = batch["system"][0].as_py(), batch["index"][0].as_py()
         prompts = tuple(batch["prompt"].to_pylist())
         images = self.sampler(system, prompts, batch["seed"].to_pylist())

@@ -7,7 +7,6 @@ name beside what is not, and never ends the look.
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 from pipelines.bounded import map_bounded
 from pipelines.commits import StoreError, read_json
 from pipelines.dataset_pins import Pin, read_pins
+from pipelines.inspection_facts import GenerationFacts, Overview, VersionFacts
 from pipelines.landed import landed_tables
 from pipelines.lease import lease_status
 from pipelines.manifest import (
@@ -33,68 +33,6 @@ from pipelines.storage import Store, no_answer
 _GENERATION = re.compile(r"[0-9a-f]{16}")
 _READERS = 16  # footers and small files: the store's response time counts
 _NAMED_FILES = 10
-
-
-@dataclass(frozen=True)
-class VersionFacts:
-    """One sealed version. `rows` belong to it; `excluded` rows lie in its files and do not.
-
-    `asked` rows were landed for it (None: its landed table is gone), `missing` of them have no
-    pair; `reasons` says why, with counts, as far as it is known.
-    """
-
-    version: int
-    rows: int
-    rejected: int
-    excluded: int
-    files: int
-    bytes: int
-    asked: int | None
-    missing: int | None
-    fingerprint_digest: str
-    fingerprint: dict[str, Any]
-    prompts_digest: str
-    created_by: dict[str, str]
-    statistics: dict[str, float]
-    pinned_by: tuple[str, ...]
-    reasons: dict[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class GenerationFacts:
-    """A folder of rows made alike. `ledger_rows`: written rows, those of dead writers too.
-
-    Cost, over all of its runs: `gpu_s` of devices held, `busy_s` of workers at work, `seconds`.
-    """
-
-    folder: str
-    ledger_rows: int
-    files: int
-    bytes: int
-    rejected: int
-    runs: int
-    gpu_s: float
-    busy_s: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Overview:
-    """`void`: number in the log → why nobody has it. `problems` name what is damaged.
-
-    `lease`: who writes now, since when, what for and how far; None: nobody.
-    """
-
-    url: str
-    versions: tuple[VersionFacts, ...]
-    void: dict[int, str]
-    generations: tuple[GenerationFacts, ...]
-    lease: dict[str, Any] | None
-    pins: tuple[Pin, ...]
-    problems: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def inspect_dataset(root: Store, *, version: int | None = None) -> Overview:

@@ -19,8 +19,8 @@ class Prefetcher:
     """`draw` as `StepSource.draw`, one step ahead.
 
     Everything is drawn by one thread, also what was not foreseen: how many threads torch may use is
-    a setting of each thread, and the last bits of a sum follow from it. It is one here: a team of
-    OpenMP threads beside that of the step would wait, spinning, on the cores that the step needs.
+    a setting of each thread, and the last bits of a sum follow from it. It is one here: see
+    `set_threads`.
     """
 
     def __init__(self, source: StepSource) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from dmd_core.compilation import compile_network
 from dmd_core.noise import sample_noise
 from dmd_core.teacher import Teacher, TeacherError, load_teacher
 from dmd_core.types import PairBatch
@@ -48,7 +49,7 @@ class TeacherActor:
 
     def __init__(self, task: TeacherTask) -> None:
         section = task.section
-        set_threads(section.threads_per_actor)
+        set_threads(1)  # see `set_threads`
         device = "cuda" if section.gpus_per_actor and torch.cuda.is_available() else "cpu"
         folder = local_teacher(task.teacher_url, task.storage)
         self._teacher = load_teacher(folder, device=device)
@@ -57,6 +58,8 @@ class TeacherActor:
                 f"teacher {task.teacher_url} is now {self._teacher.revision[:16]}; "
                 f"expected {task.fingerprint.teacher_revision[:16]} (it changed during the run)"
             )
+        if section.compile:
+            compile_network(self._teacher.model, self._teacher.device)
         self._task, self._section = task, section
         self._dtype: torch.dtype = getattr(torch, section.dtype)
         self._shape = self._teacher.latent_shape(
@@ -71,6 +74,7 @@ class TeacherActor:
         )
 
     def __call__(self, rows: pa.Table) -> pa.Table:
+        set_threads(self._section.threads_per_actor)
         ids, prompts = rows["pair_id"].to_pylist(), rows["prompt"].to_pylist()
         seeds = rows["seed"].to_pylist()
         negatives: list[str | None] = [None] * len(ids)

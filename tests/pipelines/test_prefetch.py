@@ -64,7 +64,7 @@ def test_after_a_change_of_the_stream_nothing_of_the_old_one_is_given(opened):
 
 
 def test_the_data_takes_one_torch_thread_and_leaves_the_step_its_own(opened):
-    """A second team of OpenMP threads waits, spinning, on the cores of the first."""
+    """A second team of OpenMP threads slows the first one down."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

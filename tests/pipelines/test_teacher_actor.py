@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pytest
@@ -296,3 +297,39 @@ def test_bad_rows_alone_end_no_run_of_any_kind_of_teacher(
     for _ in range(2):
         assert len(actor(rows(4, ["ship 9"] * 4))) == 0
     assert len(actor(rows(4, ["0"] * 4))) == 4
+
+
+def test_the_thread_that_makes_the_actor_starts_no_team_beside_that_of_its_calls(
+    make_actor, one_thread
+):
+    """Ray Data makes it in one thread and calls it in another."""
+    section = SECTION.model_copy(update={"threads_per_actor": 2})
+    with ThreadPoolExecutor(1) as maker, ThreadPoolExecutor(1) as caller:
+        actor = maker.submit(make_actor, section).result()
+        caller.submit(actor, rows(2)).result()
+        found = [thread.submit(torch.get_num_threads).result() for thread in (maker, caller)]
+    assert found == [1, 2]
+
+
+@pytest.mark.slow  # a compiler runs
+def test_a_compiled_teacher_makes_the_same_pairs_to_rounding(make_actor):
+    plain, compiled = (
+        make_actor(SECTION.model_copy(update={"dtype": "float32", "compile": on}))
+        for on in (False, True)
+    )
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    expected, found = (decode_pairs(actor(rows(6))) for actor in (plain, compiled))
+    assert counters["stats"]["unique_graphs"] >= 1  # it did compile, for one shape:
+    assert not counters["recompiles"]  # six rows are a full batch and another, filled up
+    assert torch.equal(found.noise, expected.noise)
+    assert not torch.equal(found.latents, expected.latents)  # other kernels
+    torch.testing.assert_close(found.latents, expected.latents, atol=1e-4, rtol=1e-4)
+
+
+def test_a_machine_without_a_compiler_says_so_before_any_row(make_actor, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (str(tmp_path / "no-compiler"),))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    torch._dynamo.reset()
+    with pytest.raises(TeacherError, match=r"C\+\+ compiler .* set pairs.compile to false"):
+        make_actor(SECTION.model_copy(update={"compile": True}))
