@@ -30,7 +30,7 @@ from pipelines.student_export import checkpoint_digest
 
 # Who does the work, and how patiently: no row and no weight follows from it.
 _PAIRS_WORK = ("actors", "attempts", "lease_seconds", "cpus_per_actor", "gpus_per_actor")
-_PAIRS_WORK += ("threads_per_actor", "placement")
+_PAIRS_WORK += ("threads_per_actor", "compile", "placement")
 _TRAIN_WORK = ("num_workers", "use_gpu", "cpus_per_worker", "threads_per_worker", "max_failures")
 _TRAIN_WORK += ("micro_batch_size", "parallel", "report_to", "checkpoints_total_limit", "placement")
 _EVALUATE_WORK = ("actors", "cpus_per_actor", "gpus_per_actor", "placement")

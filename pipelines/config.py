@@ -183,7 +183,7 @@ class PairsSection(Section):
         default=0, ge=0, description="0.5: two teachers share one GPU, and its memory"
     )
     threads_per_actor: Positive | None = Field(
-        default=None, description="torch threads; empty: all cores"
+        default=None, description="torch threads; empty: the actor's share of the machine's cores"
     )
     placement: PlacementSection = PlacementSection()
 
@@ -266,7 +266,9 @@ class TeacherTrainSection(Section):
     num_workers: Positive = 1
     use_gpu: bool = False
     placement: GroupPlacementSection = GroupPlacementSection()
-    threads_per_worker: Positive | None = None
+    threads_per_worker: Positive | None = Field(
+        default=None, description="torch threads; empty: the worker's share of the machine's cores"
+    )
     max_failures: NotNegative = 3
     max_pictures: Positive | None = Field(
         default=None, description="train on the first so many only"

@@ -28,6 +28,7 @@ from pipelines.seal import (
     seal_generation,
 )
 from pipelines.teacher_actor import TeacherActor, TeacherTask
+from pipelines.workers import workers_per_machine
 
 # Ray asks for 1 GiB of logical memory per id filter by default, which a small machine may not
 # have; a filter's process used 107 MiB, and each of its ids takes 8 bytes.
@@ -92,7 +93,8 @@ class _FencedNames(FilenameProvider):
 def _write_missing_rows(task: TeacherTask, file: LandedFile, lease: Lease) -> None:
     """The Ray Data job of one landed file. Rows whose id is in the ledger reach no teacher."""
     section, root = task.section, task.root
-    task = replace(task, height=file.height, width=file.width)
+    workers = workers_per_machine(section.most_actors)
+    task = replace(task, height=file.height, width=file.width, workers=workers)
     # A copy: checkpointing set on the shared context would also filter a later training job.
     with DataContext.current(_context(task)):
         # Only a read from files is filtered by the ledger; rows handed over in memory would all

@@ -19,7 +19,7 @@ from pipelines.config import EvaluateSection
 from pipelines.storage import Store
 from pipelines.stored_images import stored_parts, write_part
 from pipelines.systems import MEAN, STUDENT, Networks, SamplingPlan, SystemSampler
-from pipelines.workers import set_threads
+from pipelines.workers import set_threads, workers_per_machine
 
 # Raised by hand when a change to the code changes pictures or how they are kept; part of every
 # folder's digest.
@@ -130,7 +130,12 @@ def _on_ray(
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=pool.actors),
-        fn_constructor_kwargs={"plan": plan, "networks": networks, "where": where},
+        fn_constructor_kwargs={
+            "plan": plan,
+            "networks": networks,
+            "where": where,
+            "workers": workers_per_machine(pool.actors),
+        },
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
         **pool.where,
@@ -158,14 +163,16 @@ def _missing_batches(
 
 
 class _SamplerActor:
-    def __init__(self, plan: SamplingPlan, networks: Networks, where: _Target) -> None:
+    def __init__(
+        self, plan: SamplingPlan, networks: Networks, where: _Target, workers: int = 1
+    ) -> None:
         set_threads(1)  # see `set_threads`
-        self.threads = networks.threads
+        self.threads, self.workers = networks.threads, workers
         self.sampler, self.where = SystemSampler(plan, networks.local()), where
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Sample one batch of one system and write its file; how many rows it has."""
-        set_threads(self.threads)
+        set_threads(self.threads, self.workers)
         system, start = batch["system"][0].as_py(), batch["index"][0].as_py()
         prompts = tuple(batch["prompt"].to_pylist())
         images = self.sampler(system, prompts, batch["seed"].to_pylist())

@@ -26,7 +26,8 @@ class TeacherTask:
     """All that a worker needs to make pairs: plain values, sent once per worker.
 
     `height` and `width` (pixels) are those of the prompt file; None: the section's, and if that
-    says nothing, the teacher's own. `fence` is the number of the run's lease.
+    says nothing, the teacher's own. `fence` is the number of the run's lease; a machine has as many
+    as `workers` of them.
     """
 
     section: PairsSection
@@ -39,6 +40,7 @@ class TeacherTask:
     width: int | None = None
     board: Any = None
     fence: int = 0
+    workers: int = 1
 
 
 class TeacherActor:
@@ -74,7 +76,7 @@ class TeacherActor:
         )
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        set_threads(self._section.threads_per_actor)
+        set_threads(self._section.threads_per_actor, self._task.workers)
         ids, prompts = rows["pair_id"].to_pylist(), rows["prompt"].to_pylist()
         seeds = rows["seed"].to_pylist()
         negatives: list[str | None] = [None] * len(ids)

@@ -177,7 +177,7 @@ class TrainSection(StageKeys):
     cpus_per_worker: float = Field(default=1, ge=0)
     placement: GroupPlacementSection = GroupPlacementSection()
     threads_per_worker: Positive | None = Field(
-        default=None, description="torch threads; empty: all cores"
+        default=None, description="torch threads; empty: the worker's share of the machine's cores"
     )
     max_failures: NotNegative = 3
     max_train_steps: Positive | None = Field(

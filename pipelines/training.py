@@ -36,7 +36,7 @@ from pipelines.run_log import RunLog
 from pipelines.step_data import Progress
 from pipelines.train_config import StageKeys
 from pipelines.train_settings import lr_factor, stage_settings, trainer_settings
-from pipelines.workers import Group, set_threads
+from pipelines.workers import Group
 
 _logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def train_loop(config: dict[str, Any]) -> None:
     """One worker of `dmd train`. `config`: train, pairs, seed, dir, storage, teacher, root, pins,
     pin (a `PinHolder`), evaluation (an `EvaluationTask`), fence (of the run's lease), board. An
     error that a restart cannot mend is handed to the board, and the loop returns."""
-    set_threads(config["train"]["threads_per_worker"])
+    Group.set_threads(config["train"]["threads_per_worker"])
     board = config.get("board")
     try:
         _DmdRun(config).run()

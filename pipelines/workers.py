@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import ray
 import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
@@ -33,6 +34,11 @@ class Group:
 
     rank: int
     size: int
+
+    @staticmethod
+    def set_threads(threads: int | None) -> None:
+        """`set_threads`, beside the other workers of the group."""
+        set_threads(threads, ray.train.get_context().get_local_world_size())
 
     @staticmethod
     def here() -> "Group":
@@ -116,14 +122,21 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def set_threads(threads: int | None) -> None:
+def workers_per_machine(count: int) -> int:
+    """Of so many workers, spread evenly over the cluster, how many a machine has at most."""
+    machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    return -(-count // max(1, len(machines)))
+
+
+def set_threads(threads: int | None, workers: int = 1) -> None:
     """What a thread that computes starts with: its torch threads, for Ray sets OMP_NUM_THREADS=1
-    for one-CPU actors, and float32 that is float32 on a GPU, too.
+    for one-CPU actors, and float32 that is float32 on a GPU, too. `threads` None: all cores, but
+    for those of the other ones where `workers` compute on this machine.
 
     One thread of a process has more than one: each has an OpenMP team of its own, and once all
     teams together are more threads than there are cores, each of them sleeps at every barrier,
     which took a fifth of a teacher's time on two cores. Ray Data makes an actor in one thread and
     calls it in another.
     """
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // workers))
     exact_float32()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipelines import fence as module
+from pipelines import workers as pool
 from pipelines.fence import Fence
 from pipelines.lease import LeaseLostError, hold_lease
 from pipelines.run_log import RunLog
@@ -89,3 +90,19 @@ def test_float32_of_a_worker_is_not_tf32():
         torch.set_num_threads(threads)
         for flag, value in zip(flags, before, strict=True):
             flag.allow_tf32 = value
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(1, 6), (2, 3), (4, 1), (7, 1)])
+def test_workers_that_share_a_machine_share_its_cores(monkeypatch, one_thread, workers, threads):
+    monkeypatch.setattr(pool.os, "cpu_count", lambda: 6)
+    set_threads(None, workers)
+    assert torch.get_num_threads() == threads
+    set_threads(5, workers)  # as it was told
+    assert torch.get_num_threads() == 5
+
+
+def test_workers_are_counted_by_machine_however_many_nodes_it_plays(monkeypatch):
+    names = [("a", True), ("a", True), ("b", True), ("c", False)]
+    nodes = [{"NodeManagerHostname": name, "Alive": alive} for name, alive in names]
+    monkeypatch.setattr(pool.ray, "nodes", lambda: nodes)
+    assert [pool.workers_per_machine(count) for count in (1, 2, 3, 8)] == [1, 1, 2, 4]
