@@ -29,7 +29,7 @@ CLASSES_FILE = "classes.json"  # what a prompt of the teacher may be, in the ord
 def train_pixel_teacher_loop(config: dict[str, Any]) -> None:
     """One worker of `dmd train-teacher`. `config`: section, seed, dir, storage, board."""
     section = TeacherTrainSection.model_validate(config["section"])
-    Group.set_threads(section.threads_per_worker)
+    Group.here().set_threads(section.threads_per_worker)
     storage = StorageSection.model_validate(config["storage"])
     data = cifar10.load_split(
         open_store(section.pixel.path, storage), "train", section.max_pictures

@@ -44,7 +44,7 @@ from pipelines.workers import Group
 def train_teacher_loop(config: dict[str, Any]) -> None:
     """One worker of `dmd train-teacher`. `config`: section, seed, dir, storage, board."""
     section = TeacherTrainSection.model_validate(config["section"])
-    Group.set_threads(section.threads_per_worker)
+    Group.here().set_threads(section.threads_per_worker)
     store = open_store(config["dir"], StorageSection.model_validate(config["storage"]))
     _TeacherRun(section, config["seed"], store, config.get("board")).run()
 

@@ -49,7 +49,7 @@ def train_loop(config: dict[str, Any]) -> None:
     """One worker of `dmd train`. `config`: train, pairs, seed, dir, storage, teacher, root, pins,
     pin (a `PinHolder`), evaluation (an `EvaluationTask`), fence (of the run's lease), board. An
     error that a restart cannot mend is handed to the board, and the loop returns."""
-    Group.set_threads(config["train"]["threads_per_worker"])
+    Group.here().set_threads(config["train"]["threads_per_worker"])
     board = config.get("board")
     try:
         _DmdRun(config).run()

@@ -30,20 +30,22 @@ _RESIZE_CHECK_S = 30.0  # how often an elastic group looks for more room
 
 @dataclass(frozen=True)
 class Group:
-    """This worker of the group that Ray Train has started."""
+    """This worker of the group that Ray Train has started. `nearby`: workers on its node."""
 
     rank: int
     size: int
-
-    @staticmethod
-    def set_threads(threads: int | None) -> None:
-        """`set_threads`, beside the other workers of the group."""
-        set_threads(threads, ray.train.get_context().get_local_world_size())
+    nearby: int = 1
 
     @staticmethod
     def here() -> "Group":
         context = ray.train.get_context()
-        return Group(context.get_world_rank(), context.get_world_size())
+        return Group(
+            context.get_world_rank(), context.get_world_size(), context.get_local_world_size()
+        )
+
+    def set_threads(self, threads: int | None) -> None:
+        """`set_threads`, beside the other workers of the node."""
+        set_threads(threads, self.nearby)
 
     def share(self, value: T) -> T:
         """Rank 0's value, on every worker."""
