@@ -84,7 +84,7 @@ class PairReader:
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
         return _pairs(self._rows.read(rows, _PAIR), 0, len(rows), self.shape)
 
-    def _read_window(self, window: tuple[int, int]) -> "_Columns":
+    def _read_window(self, window: tuple[int, int]) -> _Columns:
         return self._rows.read(self._order.window_rows(window), _PAIR)
 
 

@@ -81,8 +81,8 @@ class PairFiles:
         with ExitStack() as closing:  # a file that is refused does not stay open
             stream = closing.enter_context(self._stream(path))
             self._check_bytes(path, number, file, stream)
-            # Reading ahead saves requests; on a local disk it only costs.
             known = self._footers.get(number)
+            # Reading ahead saves requests; on a local disk it only costs.
             parquet = pq.ParquetFile(
                 stream,
                 metadata=known,
