@@ -1,6 +1,6 @@
 """How fast is the pair factory? Each number beside a reference of the same run on the same machine.
 
-    python -m benchmarks.pairs                            all of it: 45 minutes on two CPU cores
+    python -m benchmarks.pairs                            all of it: 50 minutes on two CPU cores
     python -m benchmarks.pairs --quick                    does it run? seconds of work; says nothing
     python -m benchmarks.pairs --only landing,sealing
 
@@ -16,9 +16,11 @@ within a round, and the median round counts. All use the same number of torch th
 
 - overhead: `fill_order` on an embedded Ray, one worker, against a loop written by hand over the
   same `Teacher.solve`, encoding and Parquet files. The loop runs while no Ray does.
-- pipeline: against `StableDiffusionPipeline.__call__` with the same full batches, to latents. It
-  draws its own noise and stores nothing, which favours it.
-- single: the same, one prompt at a time, for a third of the time.
+- pipeline: with and without `pairs.compile`, against `StableDiffusionPipeline.__call__` with the
+  same full batches, to latents. It draws its own noise and stores nothing, which favours it.
+  Compiling ends before the first batch does, so it is stated apart with the rest of the start-up.
+- single: without `pairs.compile`, against that call with one prompt at a time, for a third of the
+  time.
 - actors: two workers of one torch thread on two cores, against two plain processes, each bound to
   one core. Ray's own processes share those two cores. Always on the CPU.
 - landing: a text file of prompts of about 60 characters, in a fresh process. The peak memory
@@ -121,18 +123,26 @@ def measure_speed(bench: Bench, wanted: Sequence[str]) -> list[Result]:
     rows = bench.rows_for(bench.size.seconds, 1, **pairs)
     contenders = {
         "factory": lambda: bench.timed("factory", rows, **pairs),
+        "compiled": lambda: bench.timed("factory", rows, compile="true", **pairs),
         "overhead": lambda: bench.timed("hand_written", rows, **pairs),
         "pipeline": lambda: bench.timed("pipeline_calls", rows, **pairs),
         "single": lambda: bench.timed("pipeline_calls", rows, batch_size=1, **pairs),
     }
-    names = ["factory", *(name for name in SPEED if name in wanted)]
-    rounds = take_turns({name: contenders[name] for name in names}, bench.size.repeats)
-    about = {
-        "overhead": ("dmd pairs / loop by hand", 0.97),
-        "pipeline": ("dmd pairs / pipeline call, same batches", 1.3 if bench.gpus else 1.0),
-        "single": ("dmd pairs / pipeline call, one prompt", 3.0),
+    comparisons = {
+        "overhead": [("dmd pairs / loop by hand", 0.97, "factory")],
+        "pipeline": [
+            ("dmd pairs / pipeline call, same batches", 1.0, "factory"),
+            ("the same with pairs.compile", 1.3 if bench.gpus else 1.0, "compiled"),
+        ],
+        "single": [("dmd pairs / pipeline call, one prompt", 3.0, "factory")],
     }
-    return [compared(*about[name], rounds, "factory", name) for name in names[1:]]
+    names = ["factory", *(["compiled"] if "pipeline" in wanted else []), *wanted]
+    rounds = take_turns({name: contenders[name] for name in names}, bench.size.repeats)
+    return [
+        compared(what, target, rounds, ours, name)
+        for name in wanted
+        for what, target, ours in comparisons[name]
+    ]
 
 
 def measure_actors(bench: Bench, wanted: Sequence[str]) -> list[Result]:

@@ -15,7 +15,7 @@ import torch
 
 from dmd_core.types import PairBatch
 from pipelines.manifest_model import Manifest, ManifestFile
-from pipelines.pair_files import PairFileError, PairFiles, kept_mask
+from pipelines.pair_files import Layout, PairFileError, PairFiles, kept_mask
 from pipelines.pair_order import WINDOW_ROW_GROUPS, RowOrder, part_of_batch
 from pipelines.pairs import TENSORS, tensor_values
 from pipelines.storage import Store
@@ -73,7 +73,7 @@ class PairReader:
         part = part_of_batch(global_batch, rank, world_size)
         pieces = self._order.pieces(position + part.start, len(part))
         return _joined(
-            [_pairs(self._window(p.window), p.start, p.stop, self.shape) for p in pieces]
+            [_pairs(self._window(p.window), p.start, p.stop, self._files.layout()) for p in pieces]
         )
 
     def rows(self, rows: np.ndarray) -> PairBatch:
@@ -82,7 +82,7 @@ class PairReader:
             raise ValueError("a batch of no rows; expected at least one")
         if not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
-        return _pairs(self._rows.read(rows, _PAIR), 0, len(rows), self.shape)
+        return _pairs(self._rows.read(rows, _PAIR), 0, len(rows), self._files.layout())
 
     def _read_window(self, window: tuple[int, int]) -> _Columns:
         return self._rows.read(self._order.window_rows(window), _PAIR)
@@ -127,8 +127,7 @@ class _Rows:
     def read(self, rows: np.ndarray, columns: Sequence[str]) -> _Columns:
         """The rows (indices into the version) in the given order; each row group is read once."""
         groups, table = np.unique(self._group[rows], return_inverse=True)
-        places = [self._groups[group] for group in groups]
-        tables = [self._files.read(file, row_group, columns) for file, row_group in places]
+        tables = self._files.read((self._groups[group] for group in groups), columns)
         starts = np.cumsum([0, *map(len, tables)])[table]
         order = (starts + self._place[rows]).tolist()
         found = {}
@@ -144,11 +143,20 @@ class _Rows:
         return tensor_values(column, prod(shape), dtype)
 
 
-def _pairs(columns: _Columns, start: int, stop: int, shape: tuple[int, ...]) -> PairBatch:
+def _pairs(columns: _Columns, start: int, stop: int, layout: Layout) -> PairBatch:
     """A copy of some of them: each number is moved once."""
     ids, prompts, *tensors = (columns[name][start:stop] for name in _PAIR)
-    noise, latents = (torch.from_numpy(np.concatenate(rows)) for rows in tensors)
-    return PairBatch(tuple(ids), tuple(prompts), noise.view(-1, *shape), latents.view(-1, *shape))
+    noise, latents = (_stacked(rows, layout) for rows in tensors)
+    return PairBatch(tuple(ids), tuple(prompts), noise, latents)
+
+
+def _stacked(rows: Sequence[np.ndarray], layout: Layout) -> torch.Tensor:
+    """Flat rows → (B,C,h,w)."""
+    # Memory from torch: for more than 4 MB NumPy asks for huge pages, and a kernel that clears
+    # them anew for every batch takes longer than the copy.
+    stacked = torch.empty((len(rows), *layout.shape), dtype=getattr(torch, layout.dtype))
+    np.concatenate(rows, out=stacked.view(-1).numpy())
+    return stacked
 
 
 def _joined(parts: Sequence[PairBatch]) -> PairBatch:

@@ -13,12 +13,12 @@ import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
-from ray.data.datasource import FilenameProvider
 
 from pipelines.landed import table_ids
 from pipelines.lease import Lease
 from pipelines.ledger import finished_ids, forget_lost_files
 from pipelines.manifest_model import Manifest
+from pipelines.pair_names import FencedNames
 from pipelines.pairs import PARQUET_OPTIONS
 from pipelines.prompts import LandedFile, LandedPrompts
 from pipelines.seal import (
@@ -79,17 +79,6 @@ def generate_pairs(
     raise AssertionError("the last pass returns or raises")
 
 
-class _FencedNames(FilenameProvider):
-    """The writer's fence comes first: who wrote a file can be seen, and sorted by."""
-
-    def __init__(self, fence: int) -> None:
-        super().__init__()
-        self._fence = fence
-
-    def get_filename_for_task(self, write_uuid: str, task_index: int) -> str:
-        return f"{self._fence:06d}_{write_uuid}_{task_index:06d}"
-
-
 def _write_missing_rows(task: TeacherTask, file: LandedFile, lease: Lease) -> None:
     """The Ray Data job of one landed file. Rows whose id is in the ledger reach no teacher."""
     section, root = task.section, task.root
@@ -116,7 +105,7 @@ def _write_missing_rows(task: TeacherTask, file: LandedFile, lease: Lease) -> No
             root.path(task.fingerprint.folder, "data"),
             filesystem=root.arrow,
             mode=SaveMode.APPEND,
-            filename_provider=_FencedNames(lease.fence),
+            filename_provider=FencedNames(lease.fence),
             row_group_size=section.row_group_rows,
             **PARQUET_OPTIONS,
         )

@@ -2,8 +2,11 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -11,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dmd_core.files import is_local
+from pipelines.bounded import map_bounded
 from pipelines.manifest_model import Manifest, ManifestFile
 from pipelines.pairs import PairSchemaError, check_schema, fingerprint_digest
 from pipelines.storage import Store
@@ -19,6 +23,8 @@ from pipelines.storage import Store
 # 30 KB; an open file a descriptor, too.
 _OPEN_FILES = 128
 _KEPT_FOOTERS = 2048
+_THREADS = 4  # far fewer than open files: none that is being read is closed for another
+_LARGE_ROW_GROUP = 1 << 20  # bytes; to hand a smaller one to a thread takes longer than to read it
 _Value = TypeVar("_Value")
 
 
@@ -41,6 +47,8 @@ class PairFiles:
         self._root, self._manifest, self._verify = root, manifest, verify
         self._open: _Recent[pq.ParquetFile] = _Recent(_OPEN_FILES)
         self._footers: _Recent[pq.FileMetaData] = _Recent(_KEPT_FOOTERS)  # checked
+        largest = max((file.bytes / max(1, len(file.row_groups)) for file in manifest.files), default=0)
+        self._in_threads = not is_local(root.fs) or largest >= _LARGE_ROW_GROUP
         self._verified: set[int] = set()
         self._schema: pa.Schema | None = None  # of the file that was checked last
         self._layout: tuple[Layout, str] | None = None  # of the first file, and its path
@@ -48,30 +56,52 @@ class PairFiles:
     def layout(self) -> Layout:
         """As the first file's footer says."""
         if self._layout is None:
-            self.read(0, None, ())  # to open it is enough
+            self._opened(0)
         assert self._layout is not None
         return self._layout[0]
 
-    def read(self, number: int, row_group: int | None, columns: Sequence[str]) -> pa.Table:
-        """Columns of one row group of file `number`; None: of none."""
-        file = self._manifest.files[number]
-        path = self._root.path(file.key)
-        groups = [] if row_group is None else [row_group]
-        try:
-            parquet = self._opened(path, number, file)
-            # Threads would take longer to start than so few rows take to read.
-            table = parquet.read_row_groups(groups, list(columns), use_threads=False)
-        except (pa.ArrowException, PairSchemaError, OSError) as error:
-            raise PairFileError(f"{path}: cannot be read: {error}") from error
-        for name in columns:
-            if table[name].null_count:
-                raise PairFileError(f"{path}: column {name!r} has empty values")
-        return table.replace_schema_metadata()  # it may differ from file to file
+    def read(self, places: Iterable[tuple[int, int]], columns: Sequence[str]) -> list[pa.Table]:
+        """Columns of row groups (number of the file, row group), in the given order.
 
-    def _opened(self, path: str, number: int, file: ManifestFile) -> pq.ParquetFile:
+        Where that pays, threads read while this one opens the next file. Row groups of one file
+        that follow one another have one thread: an open file is not made for two.
+        """
+        by_file = groupby(places, key=itemgetter(0))
+        opened = ((n, self._opened(n), [group for _, group in found]) for n, found in by_file)
+        mapped = partial(map_bounded, workers=_THREADS) if self._in_threads else map
+        tables = mapped(lambda file: self._tables(*file, columns), opened)
+        return list(chain.from_iterable(tables))
+
+    def _tables(
+        self, number: int, parquet: pq.ParquetFile, groups: Sequence[int], columns: Sequence[str]
+    ) -> list[pa.Table]:
+        path = self._path(number)
+        try:
+            # Arrow's own threads would take longer to start than so few rows take to read.
+            found = [
+                parquet.read_row_groups([group], list(columns), use_threads=False)
+                for group in groups
+            ]
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(path, error) from error
+        for table in found:
+            for name in columns:
+                if table[name].null_count:
+                    raise PairFileError(f"{path}: column {name!r} has empty values")
+        # What else a schema says may differ from file to file.
+        return [table.replace_schema_metadata() for table in found]
+
+    def _path(self, number: int) -> str:
+        return self._root.path(self._manifest.files[number].key)
+
+    def _opened(self, number: int) -> pq.ParquetFile:
         found = self._open.get(number)
         if found is None:
-            found = self._checked(path, number, file)
+            path = self._path(number)
+            try:
+                found = self._checked(path, number, self._manifest.files[number])
+            except (pa.ArrowException, PairSchemaError, OSError) as error:
+                raise _unreadable(path, error) from error
             dropped = self._open.put(number, found)
             if dropped is not None:
                 dropped.close(force=True)
@@ -144,6 +174,10 @@ class PairFiles:
                 "batches: keep prompts of other sizes in a data set of their own"
             )
         self._schema = schema
+
+
+def _unreadable(path: str, error: Exception) -> PairFileError:
+    return PairFileError(f"{path}: cannot be read: {error}")
 
 
 class _Recent(Generic[_Value]):

@@ -1,6 +1,8 @@
 """Imports go one way: tests → everything; jobs → pipelines → dmd_core; jobs → cluster."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,15 @@ def test_library_code_reads_no_environment(package):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 assert node.attr not in ONLY_JOBS_MAY, f"{path}:{node.lineno} reads the environment"
+
+
+def test_a_task_that_writes_pairs_imports_no_network():
+    """It is sent the names of the files: see there."""
+    code = (
+        "import pipelines.pair_names, sys; print(sorted({'torch', 'diffusers'} & {*sys.modules}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
 
 
 def test_the_rule_catches_what_it_should():

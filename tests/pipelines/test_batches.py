@@ -1,5 +1,6 @@
 import gc
 import os
+import threading
 from collections import Counter
 
 import numpy as np
@@ -34,6 +35,12 @@ def sealed(root):
     write_file(root, "d-0.parquet", [5, 6, 100])
     write_file(root, "e-0.parquet", range(38, 50))
     return seal_generation(root, FINGERPRINT, land_ids(root, range(ROWS)))
+
+
+@pytest.fixture
+def in_threads(monkeypatch):
+    """Row groups are read as large ones are."""
+    monkeypatch.setattr(pair_files, "_LARGE_ROW_GROUP", 0)
 
 
 def all_ids(reader, batch_numbers, batch=BATCH, world=1):
@@ -131,6 +138,22 @@ def test_no_more_files_stay_open_than_allowed_and_closed_ones_are_opened_again(
         assert 1 <= len([target for target in targets if target.startswith(folder)]) <= 2
 
 
+def test_batches_of_large_row_groups_are_those_of_small_ones(root, sealed, request):
+    one = PairReader(root, sealed, seed=1, verify=True)
+    expected = [one.batch(k, BATCH) for k in range(12)]
+    request.getfixturevalue("in_threads")
+    started = Counter()
+    threads = PairReader(root, sealed, seed=1, verify=True)
+    threads._files._tables = lambda *args: (
+        started.update([threading.current_thread()]) or PairFiles._tables(threads._files, *args)
+    )
+    for k, batch in enumerate(expected):
+        found = threads.batch(k, BATCH)
+        assert (found.pair_ids, found.prompts) == (batch.pair_ids, batch.prompts)
+        assert torch.equal(found.noise, batch.noise) and torch.equal(found.latents, batch.latents)
+    assert started and threading.main_thread() not in started
+
+
 def test_batches_from_an_object_store_are_those_from_a_disk(root, sealed, s3_store):
     s3_store.fs.put(root.root + "/", s3_store.root + "/", recursive=True)
     expected, found = (PairReader(at, sealed, seed=1, verify=True) for at in (root, s3_store))
@@ -209,12 +232,14 @@ def test_row_groups_are_read_once_while_they_are_in_use(root, sealed, monkeypatc
     reads = Counter()
     original = PairFiles.read
 
-    def counting(self, number, row_group, columns):
-        reads[number, row_group] += 1
-        return original(self, number, row_group, columns)
+    def counting(self, places, columns):
+        places = list(places)
+        reads.update(places)
+        return original(self, places, columns)
 
     monkeypatch.setattr(PairFiles, "read", counting)
     all_ids(PairReader(root, sealed, seed=1), range(ROWS // BATCH))
+    assert len(reads) > 8
     assert set(reads.values()) == {1}
 
 
@@ -237,15 +262,22 @@ def test_files_beside_the_manifest_are_not_read(root, sealed):
 # ---------------------------------------------------------------- damaged files
 
 
-def read_all(root, manifest, **options):
-    PairReader(root, manifest, seed=1, **options).batch(0, ROWS)
+@pytest.fixture(params=[False, True], ids=["one thread", "threads"])
+def read_all(request):
+    if request.param:
+        request.getfixturevalue("in_threads")
+
+    def read(root, manifest, **options):
+        PairReader(root, manifest, seed=1, **options).batch(0, ROWS)
+
+    return read
 
 
 def path_of(root, name):
     return root.path(FINGERPRINT.folder, "data", name)
 
 
-def test_missing_truncated_and_foreign_files_are_named(root, sealed):
+def test_missing_truncated_and_foreign_files_are_named(root, sealed, read_all):
     path = path_of(root, "c-0.parquet")
     with open(path, "rb") as file:
         good = file.read()
@@ -263,7 +295,7 @@ def test_missing_truncated_and_foreign_files_are_named(root, sealed):
             read_all(root, sealed)
 
 
-def test_a_changed_byte_is_found_when_asked_to_verify(root, sealed):
+def test_a_changed_byte_is_found_when_asked_to_verify(root, sealed, read_all):
     path = path_of(root, "a-0.parquet")
     with open(path, "r+b") as file:
         content = bytearray(file.read())
@@ -275,7 +307,7 @@ def test_a_changed_byte_is_found_when_asked_to_verify(root, sealed):
         read_all(root, sealed, verify=True)
 
 
-def test_a_file_with_another_number_of_rows_than_listed_is_refused(root, sealed):
+def test_a_file_with_another_number_of_rows_than_listed_is_refused(root, sealed, read_all):
     (first, *others) = sealed.files
     wrong = first.model_copy(update={"row_groups": (8, 4, 4, 1)})
     manifest = sealed.model_copy(update={"files": (wrong, *others)})
@@ -300,7 +332,7 @@ def test_pairs_of_two_shapes_in_one_version_are_named(root, sealed, monkeypatch)
         reader.batch(0, ROWS + 3)
 
 
-def test_a_file_of_another_generation_is_refused(root, sealed):
+def test_a_file_of_another_generation_is_refused(root, sealed, read_all):
     from dataclasses import replace
 
     other = replace(FINGERPRINT, steps=6)
