@@ -47,8 +47,9 @@ class PairFiles:
         self._root, self._manifest, self._verify = root, manifest, verify
         self._open: _Recent[pq.ParquetFile] = _Recent(_OPEN_FILES)
         self._footers: _Recent[pq.FileMetaData] = _Recent(_KEPT_FOOTERS)  # checked
-        largest = max((file.bytes / max(1, len(file.row_groups)) for file in manifest.files), default=0)
-        self._in_threads = not is_local(root.fs) or largest >= _LARGE_ROW_GROUP
+        row_groups = sum(len(file.row_groups) for file in manifest.files)
+        large = sum(file.bytes for file in manifest.files) >= row_groups * _LARGE_ROW_GROUP
+        self._in_threads = large or not is_local(root.fs)
         self._verified: set[int] = set()
         self._schema: pa.Schema | None = None  # of the file that was checked last
         self._layout: tuple[Layout, str] | None = None  # of the first file, and its path

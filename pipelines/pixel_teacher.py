@@ -21,7 +21,6 @@ from pipelines import cifar10
 from pipelines.config import StorageSection, TeacherTrainSection
 from pipelines.storage import Store, open_store
 from pipelines.teacher_loop import TeacherLoop
-from pipelines.workers import Group
 
 CLASSES_FILE = "classes.json"  # what a prompt of the teacher may be, in the order of the labels
 
@@ -29,7 +28,6 @@ CLASSES_FILE = "classes.json"  # what a prompt of the teacher may be, in the ord
 def train_pixel_teacher_loop(config: dict[str, Any]) -> None:
     """One worker of `dmd train-teacher`. `config`: section, seed, dir, storage, board."""
     section = TeacherTrainSection.model_validate(config["section"])
-    Group.here().set_threads(section.threads_per_worker)
     storage = StorageSection.model_validate(config["storage"])
     data = cifar10.load_split(
         open_store(section.pixel.path, storage), "train", section.max_pictures

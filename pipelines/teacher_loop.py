@@ -23,6 +23,7 @@ from pipelines.config import TeacherTrainSection
 from pipelines.metrics_log import MetricsLog
 from pipelines.progress import Throttle
 from pipelines.storage import Store
+from pipelines.workers import Group
 
 
 class TeacherLoop(ABC):
@@ -39,8 +40,9 @@ class TeacherLoop(ABC):
         *,
         ends: Collection[int],
     ) -> None:
-        context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        group = Group.here()
+        group.set_threads(section.threads_per_worker)
+        self.rank, self.world = group.rank, group.size
         self.section, self.seed, self.store, self.board = section, seed, store, board
         self.device = ray.train.torch.get_device() if section.use_gpu else torch.device("cpu")
         self.step, self.ends, self.total = 0, ends, max(ends)

@@ -38,13 +38,11 @@ from pipelines import emoji
 from pipelines.config import StorageSection, TeacherTrainSection
 from pipelines.storage import Store, open_store
 from pipelines.teacher_loop import TeacherLoop
-from pipelines.workers import Group
 
 
 def train_teacher_loop(config: dict[str, Any]) -> None:
     """One worker of `dmd train-teacher`. `config`: section, seed, dir, storage, board."""
     section = TeacherTrainSection.model_validate(config["section"])
-    Group.here().set_threads(section.threads_per_worker)
     store = open_store(config["dir"], StorageSection.model_validate(config["storage"]))
     _TeacherRun(section, config["seed"], store, config.get("board")).run()
 
