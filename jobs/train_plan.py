@@ -10,7 +10,7 @@ from pipelines.costs import Work, estimate, step_rate
 from pipelines.manifest import latest_manifest
 from pipelines.memory_plan import NetworkSizes, checkpoint_bytes
 from pipelines.parallel_settings import WorkerRange
-from pipelines.train_config import StageKeys, StageSection, stage_steps
+from pipelines.stage_settings import StageKeys, StageSection, stage_steps
 from pipelines.weights import denoiser_of, pipeline_weights
 
 

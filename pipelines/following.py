@@ -25,9 +25,10 @@ from pipelines.manifest import ManifestError, list_versions, load_manifest
 from pipelines.manifest_model import Manifest
 from pipelines.pair_fit import PairFit
 from pipelines.pins import Pins
+from pipelines.stage_settings import StageKeys
 from pipelines.step_data import Progress
 from pipelines.storage import Store
-from pipelines.train_config import StageKeys, TrainSection
+from pipelines.train_config import TrainSection
 
 
 @dataclass(frozen=True)

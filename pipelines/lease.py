@@ -12,14 +12,11 @@ commit the old holder had prepared meets it and fails.
 
 import contextlib
 import json
-import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from dmd_core.files import write_atomic
@@ -33,6 +30,7 @@ from pipelines.commits import (
     read_json,
     transport_errors,
 )
+from pipelines.processes import is_gone, this_process
 from pipelines.storage import Store
 
 _NAME = re.compile(r"(\d{6})\.json")
@@ -190,7 +188,7 @@ def _take(root: Store, period_s: float, purpose: str) -> tuple[int, bool]:
         "period_s": period_s,
         "purpose": purpose,
         "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "holder": _this_process(),
+        "holder": this_process(),
     }
     if not create_once(root, _path(root, fence + 1, "json"), record):
         raise LeaseHeldError(_held(root, fence + 1))
@@ -202,7 +200,7 @@ def _outlived(root: Store, fence: int) -> bool:
     record = read_json(root, _path(root, fence, "json")) or {}
     if read_json(root, _path(root, fence, "released")) is not None:
         return False
-    if _is_gone(record.get("holder", {})):
+    if is_gone(record.get("holder", {})):
         return True
     period_s = float(record.get("period_s", _TAKEN_WHILE_STARTING))
     first, until = _beat_of(root, fence), time.monotonic() + period_s
@@ -212,7 +210,7 @@ def _outlived(root: Store, fence: int) -> bool:
             return False
         if _beat_of(root, fence) != first or newest_fence(root) != fence:
             raise LeaseHeldError(_held(root, newest_fence(root)))
-        if _is_gone(record.get("holder", {})):
+        if is_gone(record.get("holder", {})):
             return True
     return True
 
@@ -284,36 +282,3 @@ def _path(root: Store, fence: int, kind: str) -> str:
 
 def _write_json(root: Store, path: str, content: dict[str, Any]) -> None:
     write_atomic(root.fs, path, json.dumps(content).encode())
-
-
-# ---------------------------------------------------------------- processes
-
-
-def _this_process() -> dict[str, Any]:
-    pid = os.getpid()
-    return {"host": socket.gethostname(), "pid": pid, **_machine(), "started": _started(pid)}
-
-
-def _machine() -> dict[str, str]:
-    """What tells this machine (and, in containers, this set of process numbers) from others."""
-    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    if not boot.exists() or not namespace.exists():
-        return {}
-    return {"boot": boot.read_text().strip(), "namespace": os.readlink(namespace)}
-
-
-def _started(pid: int) -> str:
-    """When the process started, in ticks since boot; "": there is no such process, or it ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-    return "" if fields[0] in ("Z", "X") else fields[19]
-
-
-def _is_gone(holder: dict[str, Any]) -> bool:
-    """Is it known that this process lives no more? Only its own machine can tell."""
-    here = _machine()
-    if not here or any(holder.get(key) != value for key, value in here.items()):
-        return False
-    return _started(int(holder["pid"])) != holder.get("started")

@@ -14,7 +14,8 @@ from typing import Any
 
 from dmd_core.pass_memory import PassMemory
 from pipelines.config import PairsSection
-from pipelines.train_config import StageKeys, TrainSection
+from pipelines.stage_settings import StageKeys
+from pipelines.train_config import TrainSection
 from pipelines.weights import Weights
 
 GIB = 2**30

@@ -5,8 +5,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from dmd_core.step_types import StepData
+from pipelines.stage_settings import StageKeys
 from pipelines.step_data import PairSource, Progress, StepSource
-from pipelines.train_config import StageKeys
 from pipelines.workers import set_threads
 
 

@@ -21,6 +21,7 @@ from pipelines.pair_fit import PairFit
 from pipelines.pins import Pins
 from pipelines.prompts import PromptList, read_prompts
 from pipelines.sample_pictures import SamplePictures
+from pipelines.stage_settings import StageKeys
 from pipelines.step_data import StepSource
 from pipelines.storage import Store, open_store
 from pipelines.streams import (
@@ -31,7 +32,7 @@ from pipelines.streams import (
     pictures_digest,
 )
 from pipelines.teacher_source import local_teacher
-from pipelines.train_config import StageKeys, TrainSection
+from pipelines.train_config import TrainSection
 from pipelines.workers import Group
 
 _logger = logging.getLogger(__name__)

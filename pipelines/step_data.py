@@ -14,8 +14,8 @@ from dmd_core.step_types import PairedPart, Pictures, StepData, StepNoise, Unpai
 from dmd_core.teacher import Teacher
 from dmd_core.types import PairBatch
 from pipelines.batches import part_of_batch
+from pipelines.stage_settings import StageKeys, StageSection, stage_steps
 from pipelines.streams import PictureStream
-from pipelines.train_config import StageKeys, StageSection, stage_steps
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from dmd_core.parallel import Parallel
 from dmd_core.precision import PrecisionPolicy
 from dmd_core.train_step import LossSettings
 from dmd_core.trainer import StageSettings
-from pipelines.train_config import StageKeys, TrainSection
+from pipelines.stage_settings import StageKeys
+from pipelines.train_config import TrainSection
 
 
 def lora_settings(section: TrainSection) -> LoraSettings | None:

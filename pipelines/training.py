@@ -33,8 +33,8 @@ from pipelines.run_checkpoints import RunCheckpoints
 from pipelines.run_end import ENDED_EARLY, early_end, is_finished
 from pipelines.run_inputs import RunInputs
 from pipelines.run_log import RunLog
+from pipelines.stage_settings import StageKeys
 from pipelines.step_data import Progress
-from pipelines.train_config import StageKeys
 from pipelines.train_settings import lr_factor, stage_settings, trainer_settings
 from pipelines.workers import Group
 

@@ -114,7 +114,7 @@ def test_a_commit_prepared_before_a_take_over_meets_a_void_number(root, monkeypa
             looked()
             monkeypatch.setattr(old, "check", looked)
             rewrite(root, 1)
-            monkeypatch.setattr(module, "_is_gone", lambda holder: True)
+            monkeypatch.setattr(module, "is_gone", lambda process: True)
             with hold(root) as new:
                 commit_manifest(root, body(prompts_digest="new"), new)
 

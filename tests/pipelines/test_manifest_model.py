@@ -78,7 +78,7 @@ class VersionLog(RuleBasedStateMachine):
             ("pipelines.commits.time.sleep", lambda seconds: None),
             ("pipelines.collect.ThreadPoolExecutor", InOneThread),
             ("pipelines.lease._beat_on", lambda *arguments: None),
-            ("pipelines.lease._is_gone", lambda holder: True),  # every other process is dead
+            ("pipelines.lease.is_gone", lambda holder: True),  # every other process is dead
         ):
             self.stack.enter_context(patch(target, stand_in))
         self.seen: dict[int, bytes] = {}  # versions, as they were first seen

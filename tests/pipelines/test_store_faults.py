@@ -53,7 +53,7 @@ class InOneThread:
 def one_process(monkeypatch):
     """A killed holder is this very process: say that it is gone. No threads, no slow disk."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(lease_module, "_is_gone", lambda holder: True)
+    monkeypatch.setattr(lease_module, "is_gone", lambda process: True)
     for module in ("collect", "ledger", "manifest", "seal"):
         monkeypatch.setattr(f"pipelines.{module}.ThreadPoolExecutor", InOneThread)
 
