@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from cluster.schedule import Entry, ScheduleError, check_entry, slots_after
 from cluster.submit import SecretError, SubmitError, job_environment, refuse_secrets
+from dmd_core.files import store_errors
 from jobs.errors import Exit, JobError
 from jobs.job_door import VerbJob, relative_folders
 from jobs.schedule_arguments import add_arguments
@@ -31,7 +32,7 @@ from jobs.schedule_show import (
 from jobs.schedule_table import ScheduleTable
 from jobs.schedule_tick import POLL_S, Problem, RayJobs, pause, tick
 from jobs.submit_order import read_sent
-from pipelines.commits import StoreError, transport_errors
+from pipelines.commits import StoreError
 from pipelines.storage import no_answer, open_store
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def run(session: "Session") -> dict[str, Any]:
     arguments = session.arguments
     try:
         return _ACTIONS[arguments.action](session, table, arguments)
-    except transport_errors(table.store.fs) as error:
+    except store_errors() as error:
         code = Exit.TRANSIENT if no_answer(error) else Exit.REFUSED
         raise JobError(f"{table.store.url}: {error}", code) from error
 
@@ -145,7 +146,7 @@ def _stay(session: "Session", table: ScheduleTable, arguments: argparse.Namespac
         try:
             events, problems = tick(table, client, now)
             wait = pause(table, now)
-        except (StoreError, *transport_errors(table.store.fs)) as error:
+        except (StoreError, *store_errors()) as error:
             events, problems, wait = [], [Problem(f"{table.store.url}: {error}")], POLL_S
         lines = {event.name: show_event(event) for event in events}
         lines |= (

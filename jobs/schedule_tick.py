@@ -9,8 +9,9 @@ from typing import Any
 from cluster.schedule import Entry, Job, ScheduleError, next_slot
 from cluster.scheduler import Event, tick_entry
 from cluster.submit import SubmitError, job_status, submit_job
+from dmd_core.files import store_errors
 from jobs.schedule_table import ScheduleTable
-from pipelines.commits import StoreError, transport_errors
+from pipelines.commits import StoreError
 from pipelines.storage import no_answer
 
 POLL_S = 30.0  # how soon a standing scheduler sees an entry that somebody adds
@@ -66,7 +67,7 @@ def tick(table: ScheduleTable, client: Any, now: datetime) -> tuple[list[Event],
             event = tick_entry(entry, table, client, now=now, by=by)
             if event is not None:
                 table.prune(entry.name)
-        except (ScheduleError, StoreError, *transport_errors(table.store.fs)) as error:
+        except (ScheduleError, StoreError, *store_errors()) as error:
             problems.append(Problem(f"schedule {entry.name}: {error}", no_answer(error)))
             continue
         if event is not None:

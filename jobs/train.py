@@ -43,7 +43,7 @@ def run(session: Session) -> dict[str, Any]:
     session.check_run()
     put_aside = getattr(session.arguments, "start", None) == PREVIOUS
     done = None if put_aside else finished_state(session, saved_steps(session))
-    if done is None:
+    if done is None or session.recipe.train.evaluation.steps:  # evaluations may be due
         with hold_lease(
             session.store,
             period_s=session.recipe.pairs.lease_seconds,
@@ -51,14 +51,15 @@ def run(session: Session) -> dict[str, Any]:
             patient=True,
             on_lost=_thread.interrupt_main,
         ) as lease:
-            session.open_run()
+            if done is None:
+                session.open_run()
             if put_aside:
                 _put_newest_aside(session)
             # Asked again: another process may have done it while we waited for the lease.
             done = finished_state(session, saved_steps(session))
             if done is None:
                 return _go_on(session, lease)
-    _settle_evaluations(session)
+            _settle_evaluations(session)
     session.display.done(
         f"train: nothing to do, step {done['step']} is reached{_early(session, done)}"
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from dmd_core.files import is_local, publish_local
+from dmd_core.files import is_local, publish_local, store_errors
 from pipelines.storage import Store
 
 _ATTEMPTS = 10
@@ -103,7 +103,7 @@ def _create(fs: AbstractFileSystem, path: str, data: bytes) -> BaseException | N
             fs.pipe_file(path, data, mode="create")
     except PermissionError as error:
         raise StoreError(f"cannot create {path}: {error}") from error
-    except transport_errors(fs) as error:
+    except store_errors() as error:
         return error
     return None
 
@@ -112,20 +112,8 @@ def _owner(fs: AbstractFileSystem, path: str) -> str | None:
     """The commit_id stored at `path`; "" when it has none; None when nothing is seen there."""
     try:
         content = json.loads(fs.cat_file(path))
-    except transport_errors(fs):
+    except store_errors():
         return None
     except ValueError:
         return ""
     return str(content.get("commit_id", "")) if isinstance(content, dict) else ""
-
-
-def transport_errors(fs: AbstractFileSystem) -> tuple[type[Exception], ...]:
-    """What a store raises when a request fails on its way."""
-    if is_local(fs):
-        return (OSError,)
-    from aiohttp import ClientError
-    from botocore.exceptions import BotoCoreError
-
-    # s3fs turns replies into OSError; a connection that breaks surfaces as botocore's own error, a
-    # reply that breaks off as one of the HTTP client.
-    return (OSError, BotoCoreError, ClientError)

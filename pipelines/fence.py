@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 
-from pipelines.commits import transport_errors
+from dmd_core.files import store_errors
 from pipelines.lease import LeaseLostError, check_fence
 from pipelines.storage import Store
 
@@ -22,7 +22,7 @@ class Fence:
         answer is a warning: nothing can be written to it either."""
         try:
             check_fence(self.store, self.number)
-        except transport_errors(self.store.fs) as error:
+        except store_errors() as error:
             _logger.warning("%s: the lease cannot be looked at: %s", self.store.url, error)
 
     def holds(self) -> bool:

@@ -25,6 +25,7 @@ from pipelines.seal import (
     FileFacts,
     MissingRowsError,
     SealError,
+    inspect_all,
     seal_generation,
 )
 from pipelines.teacher_actor import TeacherActor, TeacherTask
@@ -139,7 +140,7 @@ def _map_on_cluster(
 ) -> Iterable[FileFacts]:
     """Files are read where the workers are: their bytes do not pass through the driver."""
     parts = [keys[i : i + _FILES_PER_TASK] for i in range(0, len(keys), _FILES_PER_TASK)]
-    work = ray.remote(num_cpus=1)(_inspect_all)
+    work = ray.remote(num_cpus=1)(inspect_all)  # of a module that imports no teacher
     try:
         found = ray.get([work.remote(inspect, part) for part in parts])
     except ray.exceptions.RayTaskError as error:
@@ -147,7 +148,3 @@ def _map_on_cluster(
             raise error.cause from None  # a message for people, without the worker's traceback
         raise
     return [facts for part in found for facts in part]
-
-
-def _inspect_all(inspect: Callable[[str], FileFacts], keys: Sequence[str]) -> list[FileFacts]:
-    return [inspect(key) for key in keys]

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dmd_core.files import write_atomic
+from dmd_core.files import store_errors, write_atomic
 from pipelines.commits import (
     StoreError,
     check_create_only,
@@ -28,7 +28,6 @@ from pipelines.commits import (
     list_files,
     new_commit_id,
     read_json,
-    transport_errors,
 )
 from pipelines.processes import is_gone, this_process
 from pipelines.storage import Store
@@ -49,6 +48,12 @@ class LeaseLostError(RuntimeError):
     """This process may write no longer: another one has taken over."""
 
     transient = True
+
+
+class LeaseNotSeenError(LeaseLostError):
+    """The folder that this process sees is not the one that its lease is in."""
+
+    transient = False
 
 
 class Lease:
@@ -83,7 +88,7 @@ class Lease:
             self._beaten = time.monotonic()
         except LeaseLostError:
             return
-        except transport_errors(self._root.fs) as error:
+        except store_errors() as error:
             if not self._patient and time.monotonic() - self._beaten > self._period_s:
                 self.give_up(f"it could not be renewed for {self._period_s:g} s: {error}")
 
@@ -93,7 +98,7 @@ class Lease:
 
     def _told(self, progress: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The progress, if it can be told: to renew is more important."""
-        with contextlib.suppress(*transport_errors(self._root.fs)):
+        with contextlib.suppress(*store_errors()):
             return progress()
         return {}
 
@@ -136,7 +141,7 @@ def hold_lease(
         stop.set()
         thread.join()
         # Not released, the lease ends by itself: no reason to call what was done a failure.
-        with contextlib.suppress(*transport_errors(root.fs)):
+        with contextlib.suppress(*store_errors()):
             if not lease.lost:
                 _write_json(root, _path(root, fence, "released"), {"fence": fence})
                 _prune(root, fence)
@@ -144,8 +149,14 @@ def hold_lease(
 
 def check_fence(root: Store, fence: int) -> None:
     """For those who work for the holder of lease `fence`, in other processes. Raises
-    `LeaseLostError` when there is a newer one."""
+    `LeaseLostError` when there is a newer one, `LeaseNotSeenError` when it cannot be seen."""
     newest = newest_fence(root)
+    if newest < fence:
+        raise LeaseNotSeenError(
+            f"{root.url}: lease {fence} is not there, the newest is "
+            f"{newest or 'none'}; is this the same folder on every node, and did nobody delete "
+            "from it? A training on several machines needs a shared one, or s3://…"
+        )
     if newest != fence:
         taker = _holder_in_words(root, newest)
         raise LeaseLostError(_lost(root, fence, f"lease {newest} was taken by {taker}"))

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -67,9 +68,11 @@ class MetricsLog:
             tracker.flush()
 
     def close(self) -> None:
-        """Ends the trackers; the lines are the caller's to flush before."""
-        for tracker in self._trackers:
-            tracker.close()
+        """Ends the trackers, each whatever another raises; the lines are the caller's to flush
+        before."""
+        with ExitStack() as closing:
+            for tracker in self._trackers:
+                closing.callback(tracker.close)
 
     def _read(self) -> list[dict[str, Any]]:
         if not self._store.fs.exists(self._path):

@@ -20,13 +20,26 @@ def _machine() -> dict[str, str]:
     return {"boot": boot.read_text().strip(), "namespace": os.readlink(namespace)}
 
 
-def _started(pid: int) -> str:
-    """When the process started, in ticks since boot; "": there is no such process, or it ended."""
+def _started(pid: int) -> str | None:
+    """When the process started, in ticks since boot; "": there is no such process, or it ended;
+    None: this user may not know (`hidepid`)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (FileNotFoundError, ProcessLookupError):
-        return ""
+        return None if _exists(pid) else ""
+    except PermissionError:
+        return None
     return "" if fields[0] in ("Z", "X") else fields[19]
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def is_gone(process: dict[str, Any]) -> bool:
@@ -34,4 +47,5 @@ def is_gone(process: dict[str, Any]) -> bool:
     here = _machine()
     if not here or any(process.get(key) != value for key, value in here.items()):
         return False
-    return _started(int(process["pid"])) != process.get("started")
+    then, now = process.get("started"), _started(int(process["pid"]))
+    return None not in (then, now) and now != then

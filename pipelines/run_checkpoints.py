@@ -5,7 +5,6 @@ Which of them may be believed is decided by their markers and by the run's recor
 """
 
 import logging
-import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -27,12 +26,12 @@ from dmd_core.files import store_errors
 from dmd_core.networks import DmdNetworks
 from pipelines.health_record import HEALTH, HealthEvent, HealthRecordError, believed
 from pipelines.health_rules import Verdict, last_good
+from pipelines.patience import insist
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store
 from pipelines.workers import Group
 
 _MOST_FAILURES = 3  # saves in a row that may fail before training stops for it
-_LAST_PAUSES_S = (5.0, 15.0, 40.0, 60.0)  # a store may be gone for a minute or two
 _logger = logging.getLogger(__name__)
 
 
@@ -79,18 +78,17 @@ class RunCheckpoints:
         """Begin to save; the save before it is over then, for better or worse. A few failures in a
         row are warnings, for the next one may succeed; then `CheckpointError`. `surely`: wait, and
         try for some minutes: what is not stored now is lost."""
-        pauses = (*_LAST_PAUSES_S, None) if surely else (None,)
-        for pause in pauses:
-            self._saver.save(Checkpoint(step, self._networks.parts(), state), then=self._prune)
-            if not surely:
-                return self._count_failure()
-            try:
-                return self._saver.wait()
-            except CheckpointError as error:
-                if pause is None:
-                    raise
-                _logger.warning("%s; trying again in %g s", error, pause)
-                time.sleep(pause)
+        if surely:
+            return insist(lambda: self._save_now(step, state), (CheckpointError,), "the last save")
+        self._begin_to_save(step, state)
+        self._count_failure()
+
+    def _save_now(self, step: int, state: dict[str, Any]) -> None:
+        self._begin_to_save(step, state)
+        self._saver.wait()
+
+    def _begin_to_save(self, step: int, state: dict[str, Any]) -> None:
+        self._saver.save(Checkpoint(step, self._networks.parts(), state), then=self._prune)
 
     def settle(self) -> None:
         """Wait for the save that is under way, whether it succeeds or not."""
@@ -148,7 +146,12 @@ class RunCheckpoints:
                 remove_checkpoint(self._fs, self._root, later)
 
     def _prune(self) -> None:
-        prune_checkpoints(self._fs, self._root, self._keep, self._also(self.committed()))
+        """What stays too long is removed after a later save. Were this an error, that of the save,
+        the checkpoint would be thought lost and, at the end, removed to be written again."""
+        try:
+            prune_checkpoints(self._fs, self._root, self._keep, self._also(self.committed()))
+        except store_errors() as error:
+            _logger.warning("old checkpoints may be left in %s: %s", self._root, error)
 
     def _count_failure(self) -> None:
         failed = self._saver.failed()

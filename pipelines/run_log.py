@@ -1,7 +1,7 @@
 """What a run says of itself as it goes: metrics.jsonl, trackers, samples/step_*.png."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from dmd_core.files import store_errors, write_atomic
 from pipelines.commits import delete_if_there
 from pipelines.fence import Fence
 from pipelines.metrics_log import MetricsLog
+from pipelines.patience import insist
 from pipelines.plots import picture_grid
 from pipelines.progress import Throttle
 from pipelines.sample_files import SAMPLES, sample_files, sample_path
@@ -28,7 +29,7 @@ class RunLog:
     Nothing is written once another process has taken over the run's folder. A store that is away
     costs a warning, not the training: lines wait in memory for the next flush, pictures are made
     again, or left where they should go (the report shows none after the last line). `surely`: they
-    must be there, for the run ends.
+    must be there, for the run ends: a store that is away is waited for.
     """
 
     def __init__(
@@ -64,38 +65,49 @@ class RunLog:
         if not self._writes or not self._fence.holds():
             return
         path = sample_path(self._store, step)
-        with _patience(f"sample pictures of step {step}", surely):
-            write_atomic(self._store.fs, path, picture_grid(rows))
+        grid = picture_grid(rows)
+        _write(
+            lambda: write_atomic(self._store.fs, path, grid),
+            f"sample pictures of step {step}",
+            surely,
+        )
         self._log.add_picture(SAMPLES, step, np.concatenate(rows[1], axis=1))
 
     def flush(self, *, surely: bool = False) -> None:
         if self._writes and self._fence.holds():
-            with _patience("metrics", surely):
-                self._log.flush()
+            _write(self._log.flush, "metrics", surely)
 
     def rewind(self, step: int) -> None:
         """Forget what came after `step`."""
-        self._log.rewind(step)
+        with _warned("curves", "written"):
+            self._log.rewind(step)
         self._drop_pictures_after(step)
 
     def close(self) -> None:
-        self._log.close()
+        with _warned("curves", "written"):
+            self._log.close()
 
     def _drop_pictures_after(self, step: int) -> None:
         """They are of weights that were given up, and the steps may be sampled elsewhere now."""
         if not self._writes or not self._fence.holds():
             return
-        with _patience(f"sample pictures after step {step}", surely=False, done="removed"):
+        with _warned(f"sample pictures after step {step}", "removed"):
             for file in sample_files(self._store):
                 if file.step > step:
                     delete_if_there(self._store, file.path)
 
 
+def _write(action: Callable[[], None], what: str, surely: bool) -> None:
+    if surely:
+        insist(action, store_errors(), what)
+    else:
+        with _warned(what, "written"):
+            action()
+
+
 @contextmanager
-def _patience(what: str, surely: bool, done: str = "written") -> Iterator[None]:
+def _warned(what: str, done: str) -> Iterator[None]:
     try:
         yield
     except store_errors() as error:
-        if surely:
-            raise
         _logger.warning("%s not %s: %s", what, done, error)

@@ -5,8 +5,7 @@ import json
 import time
 from typing import Any
 
-from dmd_core.files import write_atomic
-from pipelines.commits import transport_errors
+from dmd_core.files import store_errors, write_atomic
 from pipelines.storage import Store
 
 
@@ -40,7 +39,7 @@ class RunRecord:
         """The last state, with what was sealed: Ray repeats a block whose worker died, and then
         its rows are counted twice. That a store fails just now must not undo what was sealed."""
         self._sealed = rows, rejected
-        with contextlib.suppress(*transport_errors(self._root.fs)):
+        with contextlib.suppress(*store_errors()):
             self.progress()
 
     def progress(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from dmd_core.condition import Condition
 from dmd_core.noise import sample_noise, stable_seed
 from dmd_core.student import Student
 from dmd_core.teacher import Teacher
@@ -14,7 +15,7 @@ from pipelines.config import PairsSection
 from pipelines.following import PairVersions
 
 _PROMPTS = "prompts of the sample pictures"
-Shown = tuple[torch.Tensor, tuple[str, ...], torch.Tensor]
+Shown = tuple[torch.Tensor, Condition, torch.Tensor]
 
 
 class SamplePictures:
@@ -37,17 +38,24 @@ class SamplePictures:
         self._prompts, self._count, self._seed = tuple(prompts[:count]), count, seed
         self._at_once = at_once
 
+    def prepare(self) -> None:
+        """Read and encode what is shown, before another thread draws the first step's data: neither
+        a tokenizer nor an open file is made for two threads."""
+        _ = self._shown
+
     def rows(self, student: Student) -> list[np.ndarray]:
         """[the teacher's, the student's], each (N,H,W,3) uint8."""
-        eps, prompts, latents = self._shown
-        pieces = self._pieces(len(prompts))
+        eps, cond, latents = self._shown
         x = torch.cat(
-            [self._sample(student, eps[piece], prompts[piece], piece) for piece in pieces]
+            [
+                self._sample(student, eps[piece], cond.rows(piece), piece)
+                for piece in self._pieces(len(eps))
+            ]
         )
         return [self._teacher.decode(latents), self._teacher.decode(x)]
 
     def _sample(
-        self, student: Student, eps: torch.Tensor, prompts: tuple[str, ...], rows: slice
+        self, student: Student, eps: torch.Tensor, cond: Condition, rows: slice
     ) -> torch.Tensor:
         device, shape = self._teacher.device, tuple(eps.shape[1:])
         seeds = [
@@ -58,7 +66,7 @@ class SamplePictures:
             for step in range(1, len(student.timesteps))
         ]
         noises = [noise.to(device) for noise in (eps, *again)]
-        return student.sample(noises, self._teacher.encode_prompts(prompts))
+        return student.sample(noises, cond)
 
     def _pieces(self, rows: int) -> list[slice]:
         starts = range(0, rows, self._at_once)
@@ -66,16 +74,20 @@ class SamplePictures:
 
     @cached_property
     def _shown(self) -> Shown:
-        """(ε, prompts, the teacher's latents)."""
+        """(ε, the prompts' condition, the teacher's latents)."""
         if self._versions.segments:
             batch = self._versions.first().batch(0, self._count)
-            return batch.noise.float(), batch.prompts, batch.latents
+            return batch.noise.float(), self._encoded(batch.prompts), batch.latents
         section, count = self._section, len(self._prompts)
         seeds = [stable_seed(self._seed, _PROMPTS, index) for index in range(count)]
         shape = self._teacher.latent_shape(section.height, section.width)
         eps = sample_noise(seeds, shape)
         latents = [self._solve(eps[rows], self._prompts[rows]) for rows in self._pieces(count)]
-        return eps, self._prompts, torch.cat(latents)
+        return eps, self._encoded(self._prompts), torch.cat(latents)
+
+    def _encoded(self, prompts: tuple[str, ...]) -> Condition:
+        pieces = self._pieces(len(prompts))
+        return Condition.cat(*(self._teacher.encode_prompts(prompts[piece]) for piece in pieces))
 
     def _solve(self, eps: torch.Tensor, prompts: tuple[str, ...]) -> torch.Tensor:
         section = self._section

@@ -67,6 +67,10 @@ class FileFacts:
 MapFiles = Callable[[Callable[[str], FileFacts], Sequence[str]], Iterable[FileFacts]]
 
 
+def inspect_all(inspect: Callable[[str], FileFacts], keys: Sequence[str]) -> list[FileFacts]:
+    return [inspect(key) for key in keys]
+
+
 def map_in_threads(inspect: Callable[[str], FileFacts], keys: Sequence[str]) -> Iterable[FileFacts]:
     with ThreadPoolExecutor(max_workers=8) as pool:
         return list(pool.map(inspect, keys))

@@ -102,6 +102,9 @@ class _DmdRun:
             while not self.finished:
                 self._run_stage()
             self.beside.advance()
+        except (DivergedError, StoppedError):  # on every worker at once
+            self.checkpoints.close()  # a save that is under way is worth its wait
+            raise
         finally:
             self.data.close()
             self.log.close()
@@ -119,6 +122,8 @@ class _DmdRun:
         )
         self.health.replay(self.log.lines)
         self.beside.resume(self.progress.step, finished=self.finished)
+        if self._samples_here:
+            self.inputs.sample_pictures.prepare()
         if self.progress.step == 0:
             self._show_samples()
             if self.section.health.rolls_back:  # there must be a state to go back to
@@ -214,9 +219,14 @@ class _DmdRun:
             shown["pairs"] = f"pairs v{self.versions.segments[-1].version}"
         return shown | ({"stage": stage} if self.section.stages else {})
 
+    @property
+    def _samples_here(self) -> bool:
+        """Sharded networks are called by all workers together."""
+        return self.group.rank == 0 or self.networks.sharded
+
     def _show_samples(self) -> None:
         """Of teacher and student, on the same noise."""
-        if self.group.rank == 0 or self.networks.sharded:
+        if self._samples_here:
             with self.networks.averaged() as student:
                 rows = self.inputs.sample_pictures.rows(student)
             self.log.pictures(self.progress.step, rows, surely=self.finished)

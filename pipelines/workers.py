@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import ray
@@ -126,7 +127,8 @@ def _interruptible() -> Iterator[None]:
 
 def workers_per_machine(count: int) -> int:
     """Of so many workers, spread evenly over the cluster, how many a machine has at most."""
-    machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    machines = {node["NodeManagerHostname"] for node in nodes}  # a head without CPUs has no workers
     return -(-count // max(1, len(machines)))
 
 
@@ -140,5 +142,18 @@ def set_threads(threads: int | None, workers: int = 1) -> None:
     which took a fifth of a teacher's time on two cores. Ray Data makes an actor in one thread and
     calls it in another.
     """
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // workers))
+    torch.set_num_threads(threads or max(1, usable_cores() // workers))
     exact_float32()
+
+
+def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use: of a container with a CPU limit that limit, rounded up."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    try:
+        limit, period = quota.read_text().split()
+    except (OSError, ValueError):  # no control groups of version 2
+        return cores
+    return cores if limit == "max" else max(1, min(cores, -(-int(limit) // int(period))))

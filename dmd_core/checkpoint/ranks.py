@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dmd_core.checkpoint.format import CheckpointError
+from dmd_core.files import store_errors
 
 T = TypeVar("T")
 
@@ -85,4 +86,4 @@ def _portable(error: BaseException) -> Exception:
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, CheckpointError):
         return type(error)(str(error))
-    return OSError(text) if isinstance(error, OSError) else RuntimeError(text)
+    return OSError(text) if isinstance(error, store_errors()) else RuntimeError(text)

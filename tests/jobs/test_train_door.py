@@ -265,6 +265,18 @@ def test_the_last_line_says_that_patience_ended_it(train, monkeypatch):
     ]
 
 
+def test_evaluations_that_are_due_are_not_done_by_two(train):
+    settings = {"train__lambda_reg": 0, "train__evaluation": "{steps: 2, patience: 2}"}
+    with pytest.raises(AssertionError, match="not refused"):
+        train(**settings)
+    early = {"metric": "kid", "without_gain": 2}
+    _pretend_a_checkpoint(train.folder / "run", finished=True, ended_early=early)
+    store = open_store(str(train.folder / "run"))
+    with hold_lease(store, period_s=1, purpose="the training that waits for them"):
+        code, said = train(**settings)
+    assert code == Exit.TRANSIENT and "the training that waits for them" in said
+
+
 def read_plan(train, settings) -> dict:
     """What `--dry-run` tells."""
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in settings.items()]

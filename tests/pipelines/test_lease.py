@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from pipelines import lease as module
-from pipelines.lease import LeaseHeldError, LeaseLostError, hold_lease, lease_status, newest_fence
+from pipelines.lease import (
+    LeaseHeldError,
+    LeaseLostError,
+    LeaseNotSeenError,
+    check_fence,
+    hold_lease,
+    lease_status,
+    newest_fence,
+)
 from pipelines.manifest import commit_manifest, list_versions, log_numbers, void_next_number
 from pipelines.storage import open_store
 from tests.pipelines.test_manifest import body
@@ -244,6 +252,13 @@ def holder(tmp_path):
     for process in running:
         process.kill()
         process.wait()
+
+
+def test_a_lease_that_cannot_be_seen_was_not_taken(root, tmp_path):
+    """As on a node whose disk is another one than the holder's."""
+    with hold(root) as lease, pytest.raises(LeaseNotSeenError, match="the same folder on every"):
+        check_fence(open_store(str(tmp_path / "another")), lease.fence)
+    assert not LeaseNotSeenError.transient  # the same command again would see no more
 
 
 def test_the_lease_of_a_killed_process_of_this_machine_is_free_at_once(tmp_path, holder):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from pipelines import patience
 from pipelines import run_log as module
 from pipelines.fence import Fence
 from pipelines.lease import hold_lease
@@ -69,3 +70,52 @@ def test_a_store_that_is_away_costs_a_warning(run, monkeypatch, caplog):
     log.rewind(5)
     assert "sample pictures after step 5 not removed: connection refused" in caplog.text
     assert run.fs.exists(sample_path(run, 10))
+
+
+def test_what_must_be_there_waits_for_the_store(run, monkeypatch, caplog):
+    """The run's last pictures and lines; with the store back after the third pause."""
+    log, write, pauses = _log(run, 0), module.write_atomic, []
+    log.append({"step": 10, "loss_dm": 1.0})
+
+    def away(fs, path, data):
+        if len(pauses) < 3:
+            raise OSError("connection refused")
+        write(fs, path, data)
+
+    monkeypatch.setattr(module, "write_atomic", away)
+    monkeypatch.setattr(patience.time, "sleep", pauses.append)
+    log.pictures(5, PICTURES)
+    assert _sampled(run) == [] and not pauses
+    log.pictures(10, PICTURES, surely=True)
+    assert _sampled(run) == [10] and pauses == list(patience.PAUSES_S[:3])
+    assert "sample pictures of step 10: connection refused; trying again in 5 s" in caplog.text
+
+
+def test_curves_that_cannot_be_copied_end_no_run(run, monkeypatch, caplog):
+    log = _log(run, 0)
+    for name in ("rewind", "close"):
+
+        def away(*arguments):
+            raise OSError("connection refused")
+
+        monkeypatch.setattr(module.MetricsLog, name, away)
+    log.rewind(0)
+    log.close()
+    assert caplog.text.count("curves not written: connection refused") == 2
+
+
+def test_every_tracker_is_ended_whatever_another_raises(run):
+    ended = []
+
+    class Tracker:
+        def __init__(self, name):
+            self.name = name
+
+        def close(self):
+            ended.append(self.name)
+            raise OSError("connection refused")
+
+    log = module.MetricsLog(run, resume_step=0, trackers=[Tracker("a"), Tracker("b")])
+    with pytest.raises(OSError, match="connection refused"):
+        log.close()
+    assert sorted(ended) == ["a", "b"]

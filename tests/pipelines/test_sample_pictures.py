@@ -59,6 +59,14 @@ def test_no_pass_has_more_samples_than_a_training_s(families, shown):
         assert np.abs(one.astype(int) - other).max() <= 1
 
 
+def test_prompts_are_encoded_before_the_training_begins(families, shown, monkeypatch):
+    """Its data thread uses the tokenizer from then on."""
+    teacher, pictures = families.teacher("sd"), shown(2)
+    pictures.prepare()
+    monkeypatch.setattr(type(teacher), "encode_prompts", lambda *_: pytest.fail("encoded later"))
+    assert len(pictures.rows(_student(teacher))) == 2
+
+
 def test_the_teacher_s_are_made_in_the_precision_of_pairs(families, shown, monkeypatch):
     teacher, asked = families.teacher("sd"), []
     network = type(teacher).network

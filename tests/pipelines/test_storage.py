@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dmd_core.files import store_errors
 from pipelines.commits import (
     StoreError,
     check_create_only,
@@ -19,7 +20,6 @@ from pipelines.commits import (
     list_files,
     new_commit_id,
     read_json,
-    transport_errors,
 )
 from pipelines.config import StorageSection
 from pipelines.lease import hold_lease
@@ -228,7 +228,7 @@ def test_an_upload_that_breaks_is_repeated_or_leaves_what_was_there(
     proxy.inject(Fault.TORN_UPLOAD, method="PUT", path="/big", at=1, times=1000)
     if write is _write_parquet:
         proxy.inject(Fault.TORN_UPLOAD, method="PUT", path="/big")
-    with pytest.raises(transport_errors(shaky.fs)):
+    with pytest.raises(store_errors()):
         write(shaky, path, data, tmp_path)
     assert len(proxy.hits) > 1
     assert seaweed_store.fs.cat_file(path) == b"old"
@@ -259,7 +259,7 @@ def test_a_broken_read_is_repeated_or_an_error_but_never_short(proxy, shaky, sea
             proxy.inject(Fault.SHORT_BODY, method="GET", path="a.parquet", times=times)
             try:
                 found = read()
-            except (*transport_errors(shaky.fs), aiohttp.ClientError, pa.ArrowException):
+            except (*store_errors(), aiohttp.ClientError, pa.ArrowException):
                 found = None
             assert proxy.hits
             assert found is None or (found == expected and times == 1)
@@ -270,7 +270,7 @@ def test_each_error_of_a_broken_read_is_known_as_the_transports(proxy, shaky, se
     for fault in (Fault.SHORT_BODY, Fault.LOST_REPLY, Fault.SLOW_DOWN):
         proxy.clear()
         proxy.inject(fault, method="GET", times=1000)
-        with pytest.raises(transport_errors(shaky.fs)):
+        with pytest.raises(store_errors()):
             read_json(shaky, shaky.path("log/1.json"))
         assert proxy.hits
 

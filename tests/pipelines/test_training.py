@@ -2,6 +2,8 @@
 two workers see what one sees."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray.train
@@ -11,13 +13,14 @@ from dmd_core.checkpoint import Checkpoint, committed_steps, load_checkpoint
 from dmd_core.teacher import load_teacher, teacher_revision
 from pipelines.config import PairsSection, StorageSection
 from pipelines.dataset_pins import read_pins
-from pipelines.lease import hold_lease
+from pipelines.health_watch import StoppedError
+from pipelines.lease import LeaseLostError, hold_lease
 from pipelines.manifest import load_manifest
 from pipelines.manifest_model import Manifest
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store, open_store
 from pipelines.train_config import TrainSection
-from pipelines.training import train_loop
+from pipelines.training import _DmdRun, train_loop
 from pipelines.workers import run_worker_group
 from tests.pipelines.dmd_runs import seal_pairs, write_pictures
 
@@ -123,9 +126,11 @@ def test_an_interrupted_run_equals_an_undisturbed_one_and_two_workers_equal_one(
 
 def test_workers_of_a_lost_lease_write_nothing(train, tmp_path):
     store = open_store(str(tmp_path / "taken"))
+    with hold_lease(store, period_s=30, purpose="a training"):
+        pass
     with hold_lease(store, period_s=30, purpose="another training"):
-        with pytest.raises(Exception, match=r"lost its lease 7 \(lease 1 was taken by"):
-            train("taken", steps=2, fence=7)
+        with pytest.raises(Exception, match=r"lost its lease 1 \(lease 2 was taken by"):
+            train("taken", steps=2, fence=1)
     assert not store.fs.exists(store.path(CHECKPOINTS))
     assert not store.fs.exists(store.path("metrics.jsonl"))
 
@@ -200,3 +205,22 @@ def test_two_workers_equal_one_for_dmd2_with_gan_and_stages(train, tmp_path):
 def test_a_run_refuses_other_pairs_than_those_it_pinned(train):
     with pytest.raises(ray.train.TrainingFailedError, match="pinned"):
         train("other", steps=2, digest="0" * 64)
+
+
+@pytest.mark.parametrize(("error", "waits"), [(StoppedError, True), (LeaseLostError, False)])
+def test_a_run_that_is_stopped_waits_for_the_save_under_way(monkeypatch, error, waits):
+    """Its workers are killed soon after they return; what another one took over is not ours."""
+    closed: list[str] = []
+    run: Any = object.__new__(_DmdRun)
+    run.finished = False
+    for name in ("checkpoints", "data", "log"):
+        setattr(run, name, SimpleNamespace(close=lambda name=name: closed.append(name)))
+
+    def stop() -> None:
+        raise error("over")
+
+    monkeypatch.setattr(run, "_begin", lambda: None)
+    monkeypatch.setattr(run, "_run_stage", stop)
+    with pytest.raises(error, match="over"):
+        run.run()
+    assert closed == ["checkpoints"] * waits + ["data", "log"]

@@ -94,7 +94,7 @@ def test_float32_of_a_worker_is_not_tf32():
 
 @pytest.mark.parametrize(("workers", "threads"), [(1, 6), (2, 3), (4, 1), (7, 1)])
 def test_workers_that_share_a_machine_share_its_cores(monkeypatch, one_thread, workers, threads):
-    monkeypatch.setattr(pool.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(pool, "usable_cores", lambda: 6)
     set_threads(None, workers)
     assert torch.get_num_threads() == threads
     set_threads(5, workers)  # as it was told
@@ -102,7 +102,23 @@ def test_workers_that_share_a_machine_share_its_cores(monkeypatch, one_thread, w
 
 
 def test_workers_are_counted_by_machine_however_many_nodes_it_plays(monkeypatch):
-    names = [("a", True), ("a", True), ("b", True), ("c", False)]
-    nodes = [{"NodeManagerHostname": name, "Alive": alive} for name, alive in names]
+    names = [("a", True, 4), ("a", True, 4), ("b", True, 4), ("c", False, 4), ("head", True, 0)]
+    nodes = [
+        {"NodeManagerHostname": name, "Alive": alive, "Resources": {"CPU": cpus} if cpus else {}}
+        for name, alive, cpus in names
+    ]
     monkeypatch.setattr(pool.ray, "nodes", lambda: nodes)
     assert [pool.workers_per_machine(count) for count in (1, 2, 3, 8)] == [1, 1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [("max 100000\n", 8), ("400000 100000\n", 4), ("150000 100000\n", 2), ("20000 100000\n", 1),
+     ("6400000 100000\n", 8), (None, 8)],
+)  # fmt: skip
+def test_the_limit_of_a_container_is_that_of_its_workers(tmp_path, monkeypatch, content, cores):
+    monkeypatch.setattr(pool.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    quota = tmp_path / "cpu.max"
+    if content:
+        quota.write_text(content)
+    assert pool.usable_cores(quota) == cores
