@@ -16,11 +16,11 @@ import torch
 from dmd_core.types import PairBatch
 from pipelines.manifest_model import Manifest, ManifestFile
 from pipelines.pair_files import Layout, PairFileError, PairFiles, kept_mask
-from pipelines.pair_order import WINDOW_ROW_GROUPS, RowOrder, part_of_batch
+from pipelines.pair_order import RowOrder, part_of_batch
 from pipelines.pairs import TENSORS, tensor_values
 from pipelines.storage import Store
 
-__all__ = ["WINDOW_ROW_GROUPS", "PairFileError", "PairPrompts", "PairReader", "part_of_batch"]
+__all__ = ["PairFileError", "PairPrompts", "PairReader", "part_of_batch"]
 
 _CACHED_WINDOWS = 2  # a batch may straddle two
 _PAIR = ("pair_id", "prompt", "noise", "latent")
@@ -39,7 +39,6 @@ class PairReader:
         self._files = PairFiles(root, manifest, verify=verify)
         self._rows = _Rows(self._files, manifest.files)
         self._order = RowOrder(self._rows.counts, seed)
-        # A batch may straddle two.
         self._window = lru_cache(maxsize=_CACHED_WINDOWS)(self._read_window)
 
     def __len__(self) -> int:

@@ -50,15 +50,13 @@ def prune_checkpoints(
             remove_folder(fs, checkpoint_path(root, step))
 
 
-def collect_orphans(fs: AbstractFileSystem, root: str, *, spare: int | None = None) -> list[str]:
-    """Remove the folders that no marker belongs to, left by a kill; returns their paths. Kept:
-    `spare`, the step that is being written, and what `discard_checkpoint` put aside."""
+def collect_orphans(fs: AbstractFileSystem, root: str) -> list[str]:
+    """Remove the folders that no marker belongs to, left by a kill; returns their paths. What
+    `discard_checkpoint` put aside is kept. Not while a step is being written."""
     orphans = [
         checkpoint_path(root, step)
         for step in _folders(fs, root)
-        if step != spare
-        and not _has(fs, root, step, MARKER)
-        and not _has(fs, root, step, DISCARDED)
+        if not _has(fs, root, step, MARKER) and not _has(fs, root, step, DISCARDED)
     ]
     for path in orphans:
         remove_folder(fs, path)

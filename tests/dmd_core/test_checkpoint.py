@@ -377,8 +377,8 @@ def test_checkpoints_of_a_run(place):
         assert committed_steps(fs, root) == [1, 4, 5, 6]
     for step in (5, 6):
         fs.rm_file(f"{checkpoint_path(root, step)}/{MARKER}")
-    assert collect_orphans(fs, root, spare=6) == [checkpoint_path(root, 5)]
-    assert fs.exists(checkpoint_path(root, 6)) and not fs.exists(checkpoint_path(root, 5))
+    assert collect_orphans(fs, root) == [checkpoint_path(root, 5), checkpoint_path(root, 6)]
+    assert not fs.exists(checkpoint_path(root, 6)) and not fs.exists(checkpoint_path(root, 5))
     assert fs.exists(f"{checkpoint_path(root, 7)}/{FILES[0]}")  # kept to be looked at
     found = load_checkpoint(fs, root)
     assert found is not None and found.step == 4

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import batches, pair_files, pair_order
+from pipelines import pair_files, pair_order
 from pipelines.batches import PairFileError, PairReader, part_of_batch
 from pipelines.manifest import commit_manifest
 from pipelines.manifest_model import SCHEMA_VERSION, ExcludedRows, ManifestBody
@@ -177,7 +177,7 @@ def test_the_order_is_that_of_one_sort_by_window_and_word(monkeypatch):
     group = np.repeat(np.arange(10), counts)
     rank = np.empty(10, np.int64)
     rank[np.argsort(words[:10], kind="stable")] = np.arange(10)
-    expected = np.lexsort((words[10 : 10 + 36], rank[group] // batches.WINDOW_ROW_GROUPS))
+    expected = np.lexsort((words[10 : 10 + 36], rank[group] // pair_order.WINDOW_ROW_GROUPS))
     order = pair_order.RowOrder(counts, seed=0)
     assert len(order) == 36 and order.rows_from(0, 36).tolist() == expected.tolist()
     assert order.rows_from(36, 36).tolist() == expected.tolist()
@@ -213,8 +213,8 @@ def test_a_batch_reads_few_row_groups_and_rows_still_mix(root):
     reader = PairReader(root, big_manifest(root, groups=200, rows_per_group=16), seed=0)
     order = reader.global_rows(0, 3200)
     touched = [len(set(part // 16)) for part in np.split(order, 100)]
-    assert max(touched) <= 2 * batches.WINDOW_ROW_GROUPS
-    assert min(touched) >= batches.WINDOW_ROW_GROUPS // 2
+    assert max(touched) <= 2 * pair_order.WINDOW_ROW_GROUPS
+    assert min(touched) >= pair_order.WINDOW_ROW_GROUPS // 2
     # A uniform shuffle leaves about one row beside its old neighbour; so should ours, almost.
     assert np.count_nonzero(np.diff(order) == 1) < 100
     assert abs(np.corrcoef(np.arange(3200), order)[0, 1]) < 0.3
