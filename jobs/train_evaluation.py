@@ -43,10 +43,9 @@ def training_evaluation(session: Session) -> EvaluationTask | None:
     )
 
 
-def settle_evaluations(session: Session, steps: list[int]) -> int:
-    """Do what a finished training still owes, because it was killed while it waited; how many."""
-    if not session.recipe.train.evaluation.steps:
-        return 0
+def settle_evaluations(session: Session, steps: list[int]) -> None:
+    """Do what a finished training still owes, because it was killed while it waited. The recipe
+    asks for evaluations."""
     session.start_ray()
     task = training_evaluation(session)
     assert task is not None
@@ -56,4 +55,3 @@ def settle_evaluations(session: Session, steps: list[int]) -> int:
     kept = kept_steps(read_results(store, task.inputs), (), section)
     keep = session.recipe.train.checkpoints_total_limit
     prune_checkpoints(store.fs, store.path(CHECKPOINTS), keep, kept)  # nothing waits any more
-    return len(due)

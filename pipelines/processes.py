@@ -33,12 +33,13 @@ def _started(pid: int) -> str | None:
 
 
 def _exists(pid: int) -> bool:
+    """Without a look into /proc, where psutil's `pid_exists` looks in the end."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass  # another user's
     return True
 
 

@@ -68,6 +68,7 @@ MapFiles = Callable[[Callable[[str], FileFacts], Sequence[str]], Iterable[FileFa
 
 
 def inspect_all(inspect: Callable[[str], FileFacts], keys: Sequence[str]) -> list[FileFacts]:
+    """A task's share of the files, one after the other."""
     return [inspect(key) for key in keys]
 
 

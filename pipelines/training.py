@@ -49,7 +49,6 @@ def train_loop(config: dict[str, Any]) -> None:
     """One worker of `dmd train`. `config`: train, pairs, seed, dir, storage, teacher, root, pins,
     pin (a `PinHolder`), evaluation (an `EvaluationTask`), fence (of the run's lease), board. An
     error that a restart cannot mend is handed to the board, and the loop returns."""
-    Group.here().set_threads(config["train"]["threads_per_worker"])
     board = config.get("board")
     try:
         _DmdRun(config).run()
@@ -62,6 +61,7 @@ def train_loop(config: dict[str, Any]) -> None:
 class _DmdRun:
     def __init__(self, config: dict[str, Any]) -> None:
         self.group, self.board = Group.here(), config.get("board")
+        self.group.set_threads(config["train"]["threads_per_worker"])
         self.inputs = RunInputs(config, self.group)
         self.section, self.store = self.inputs.section, self.inputs.store
         self.fence = Fence(self.store, config["fence"])

@@ -55,7 +55,7 @@ class Ranks:
             return value
         try:
             value = make()
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, the others wait to be told
             self._broadcast((None, _portable(error)))
             raise
         self._broadcast((value, None))
