@@ -29,10 +29,10 @@ from dmd_core.types import PairBatch
 from jobs.config import Recipe, load_recipe, resolve_shipped
 from jobs.pairs import pair_order
 from jobs.session import open_session
+from pipelines.computing import prepare_computing
 from pipelines.factory import fill_order
 from pipelines.pairs import encode_pairs, fingerprint_of, library_versions
 from pipelines.storage import open_store
-from pipelines.workers import set_threads
 
 Stamp = tuple[int, float, int]
 READY = "ready"
@@ -178,7 +178,7 @@ def pipeline_calls(work: dict[str, Any]) -> dict[str, Any]:
 
 def _start(work: dict[str, Any]) -> tuple[Recipe, str]:
     recipe = load_recipe(work["config"], work["overrides"])
-    set_threads(recipe.pairs.threads_per_actor)
+    prepare_computing(recipe.pairs.threads_per_actor)
     os.makedirs(work["folder"], exist_ok=True)
     return recipe, "cuda" if recipe.pairs.gpus_per_actor and torch.cuda.is_available() else "cpu"
 

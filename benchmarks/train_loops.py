@@ -15,11 +15,11 @@ from dmd_core.teacher import load_teacher
 from dmd_core.trainer import DmdTrainer
 from jobs.config import load_recipe, resolve_shipped
 from jobs.session import open_session
+from pipelines.computing import prepare_computing
 from pipelines.prompts import read_prompts
 from pipelines.step_data import Progress, StepSource
 from pipelines.streams import PromptStream
 from pipelines.train_settings import lr_factor, stage_settings, trainer_settings
-from pipelines.workers import set_threads
 
 
 def run(config: str, overrides: list[str], warm_up: int) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def bare(config: str, overrides: list[str], warm_up: int) -> dict[str, Any]:
     """Draw and step, nothing else: no Ray, metrics, checkpoints or pictures."""
     recipe = load_recipe(config, overrides)
     section, seed = recipe.train, recipe.run.seed
-    set_threads(section.threads_per_worker)
+    prepare_computing(section.threads_per_worker)
     device = torch.device("cuda" if section.use_gpu else "cpu")
     teacher = load_teacher(resolve_shipped(recipe.teacher.path), device=device)
     shape = teacher.latent_shape(recipe.pairs.height, recipe.pairs.width)

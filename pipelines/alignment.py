@@ -11,6 +11,7 @@ import torch
 
 from dmd_core.clip_score import CLIP_FILES, ClipError, ClipScorer, check_clip, clip_revision
 from dmd_core.metrics import mean_estimate
+from pipelines.computing import prepare_computing
 from pipelines.config import StorageSection
 from pipelines.hub import hub_folder, is_hub_id, pinned
 from pipelines.images import SamplerPool
@@ -20,7 +21,6 @@ from pipelines.stored_images import open_images
 from pipelines.systems import STUDENT, TEACHER, Networks
 from pipelines.timing import NOT_MEASURED
 from pipelines.unit import Unit
-from pipelines.workers import set_threads
 
 
 def clip_folder(name: str, storage: StorageSection) -> str:
@@ -65,7 +65,7 @@ def measure_alignment(
 ) -> dict[str, Any]:
     """Mean scores over prompts with their intervals, and that of student − teacher, prompt by
     prompt: what both find hard cancels."""
-    set_threads(networks.threads)
+    prepare_computing(networks.threads)
     local = clip_folder(clip_model, networks.storage)
     device = networks.device if torch.cuda.is_available() else "cpu"
     scorer = ClipScorer(local, device)

@@ -18,6 +18,7 @@ from dmd_core.teacher import load_teacher
 from pipelines import images
 from pipelines.beside_results import Evaluated
 from pipelines.beside_settings import EvaluationSection
+from pipelines.computing import prepare_computing
 from pipelines.config import EvaluateSection, PairsSection, StorageSection
 from pipelines.evaluation import FOLDER, held_out, measure_system, usable_gallery
 from pipelines.inception_features import Judge
@@ -37,7 +38,6 @@ from pipelines.systems import (
 from pipelines.teacher_source import local_teacher
 from pipelines.train_config import TrainSection
 from pipelines.unit import Unit
-from pipelines.workers import set_threads
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def evaluate_checkpoint(task: EvaluationTask, step: int) -> Evaluated:
     """Export the student of the checkpoint `step`, sample it, measure it."""
     section, run = task.settings, task.store()
     threads = max(1, int(section.num_cpus))
-    set_threads(threads)
+    prepare_computing(threads)
     device = "cuda" if section.num_gpus and torch.cuda.is_available() else "cpu"
     storage = StorageSection.model_validate(task.storage)
     with tempfile.TemporaryDirectory(prefix="dmd-evaluate-") as folder:

@@ -15,11 +15,12 @@ import numpy as np
 import pyarrow as pa
 import ray.data
 
+from pipelines.computing import prepare_computing
 from pipelines.config import EvaluateSection
 from pipelines.storage import Store
 from pipelines.stored_images import stored_parts, write_part
 from pipelines.systems import MEAN, STUDENT, Networks, SamplingPlan, SystemSampler
-from pipelines.workers import set_threads, workers_per_machine
+from pipelines.workers import workers_per_machine
 
 # Raised by hand when a change to the code changes pictures or how they are kept; part of every
 # folder's digest.
@@ -166,13 +167,13 @@ class _SamplerActor:
     def __init__(
         self, plan: SamplingPlan, networks: Networks, where: _Target, workers: int = 1
     ) -> None:
-        set_threads(1)  # see `set_threads`
+        prepare_computing(1)  # see `prepare_computing`
         self.threads, self.workers = networks.threads, workers
         self.sampler, self.where = SystemSampler(plan, networks.local()), where
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Sample one batch of one system and write its file; how many rows it has."""
-        set_threads(self.threads, self.workers)
+        prepare_computing(self.threads, self.workers)
         system, start = batch["system"][0].as_py(), batch["index"][0].as_py()
         prompts = tuple(batch["prompt"].to_pylist())
         images = self.sampler(system, prompts, batch["seed"].to_pylist())

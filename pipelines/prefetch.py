@@ -5,9 +5,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from dmd_core.step_types import StepData
+from pipelines.computing import prepare_computing
 from pipelines.stage_settings import StageKeys
 from pipelines.step_data import PairSource, Progress, StepSource
-from pipelines.workers import set_threads
 
 
 class _Request(NamedTuple):
@@ -20,13 +20,13 @@ class Prefetcher:
 
     Everything is drawn by one thread, also what was not foreseen: how many threads torch may use is
     a setting of each thread, and the last bits of a sum follow from it. It is one here: see
-    `set_threads`.
+    `prepare_computing`.
     """
 
     def __init__(self, source: StepSource) -> None:
         self._source = source
         self._thread = ThreadPoolExecutor(
-            1, thread_name_prefix="data", initializer=set_threads, initargs=(1,)
+            1, thread_name_prefix="data", initializer=prepare_computing, initargs=(1,)
         )
         self._ahead: tuple[_Request, Future[StepData]] | None = None
         self.waited_s = 0.0  # since the reader last set it to 0

@@ -12,13 +12,13 @@ from dmd_core.compilation import compile_network
 from dmd_core.noise import sample_noise
 from dmd_core.teacher import Teacher, TeacherError, load_teacher
 from dmd_core.types import PairBatch
+from pipelines.computing import prepare_computing
 from pipelines.config import PairsSection, StorageSection
 from pipelines.pairs import Fingerprint, encode_pairs
 from pipelines.rejects import RejectedRow, write_rejects
 from pipelines.row_solver import RowSolver
 from pipelines.storage import Store
 from pipelines.teacher_source import local_teacher
-from pipelines.workers import set_threads
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class TeacherActor:
 
     def __init__(self, task: TeacherTask) -> None:
         section = task.section
-        set_threads(1)  # see `set_threads`
+        prepare_computing(1)  # see `prepare_computing`
         device = "cuda" if section.gpus_per_actor and torch.cuda.is_available() else "cpu"
         folder = local_teacher(task.teacher_url, task.storage)
         self._teacher = load_teacher(folder, device=device)
@@ -76,7 +76,7 @@ class TeacherActor:
         )
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        set_threads(self._section.threads_per_actor, self._task.workers)
+        prepare_computing(self._section.threads_per_actor, self._task.workers)
         ids, prompts = rows["pair_id"].to_pylist(), rows["prompt"].to_pylist()
         seeds = rows["seed"].to_pylist()
         negatives: list[str | None] = [None] * len(ids)

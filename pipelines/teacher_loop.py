@@ -41,7 +41,7 @@ class TeacherLoop(ABC):
         ends: Collection[int],
     ) -> None:
         group = Group.here()
-        group.set_threads(section.threads_per_worker)
+        group.prepare_computing(section.threads_per_worker)
         self.rank, self.world = group.rank, group.size
         self.section, self.seed, self.store, self.board = section, seed, store, board
         self.device = ray.train.torch.get_device() if section.use_gpu else torch.device("cpu")

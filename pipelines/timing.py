@@ -22,9 +22,9 @@ from dmd_core.plain_call import (
     with_latents,
 )
 from dmd_core.teacher import Teacher, load_teacher
+from pipelines.computing import prepare_computing
 from pipelines.device_turns import DeviceTurns
 from pipelines.systems import STUDENT, TEACHER, Networks, SamplingPlan, load_plainly
-from pipelines.workers import set_threads
 
 _WARM_UP = 2
 # NVML updates its energy counter about every 100 ms, so one short picture cannot be measured.
@@ -50,7 +50,7 @@ def measure_speed(
 
     Systems take turns, so that a machine that slows down slows all of them.
     """
-    set_threads(networks.threads)
+    prepare_computing(networks.threads)
     networks = networks.local()
     makers, ready = _picture_makers(plan, networks)
     for system, make in makers.items():

@@ -61,7 +61,7 @@ def train_loop(config: dict[str, Any]) -> None:
 class _DmdRun:
     def __init__(self, config: dict[str, Any]) -> None:
         self.group, self.board = Group.here(), config.get("board")
-        self.group.set_threads(config["train"]["threads_per_worker"])
+        self.group.prepare_computing(config["train"]["threads_per_worker"])
         self.inputs = RunInputs(config, self.group)
         self.section, self.store = self.inputs.section, self.inputs.store
         self.fence = Fence(self.store, config["fence"])

@@ -4,24 +4,21 @@ What a restarted worker finds is decided by our checkpoints' markers alone; Ray 
 is not used, so every start may have a fresh Ray run name and any Ray version may continue a run.
 """
 
-import os
 import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import ray
 import ray.train
-import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 
-from dmd_core.precision import exact_float32
+from pipelines.computing import prepare_computing
 from pipelines.placement import GroupPlacementSection
 from pipelines.storage import Store
 
@@ -44,9 +41,9 @@ class Group:
             context.get_world_rank(), context.get_world_size(), context.get_local_world_size()
         )
 
-    def set_threads(self, threads: int | None) -> None:
-        """`set_threads`, beside the other workers of the node."""
-        set_threads(threads, self.nearby)
+    def prepare_computing(self, threads: int | None) -> None:
+        """`prepare_computing`, beside the other workers of the node."""
+        prepare_computing(threads, self.nearby)
 
     def share(self, value: T) -> T:
         """Rank 0's value, on every worker."""
@@ -130,30 +127,3 @@ def workers_per_machine(count: int) -> int:
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     machines = {node["NodeManagerHostname"] for node in nodes}  # a head without CPUs has no workers
     return -(-count // max(1, len(machines)))
-
-
-def set_threads(threads: int | None, workers: int = 1) -> None:
-    """What a thread that computes starts with: its torch threads, for Ray sets OMP_NUM_THREADS=1
-    for one-CPU actors, and float32 that is float32 on a GPU, too. `threads` None: all cores, but
-    for those of the other ones where `workers` compute on this machine.
-
-    One thread of a process has more than one: each has an OpenMP team of its own, and once all
-    teams together are more threads than there are cores, each of them sleeps at every barrier,
-    which took a fifth of a teacher's time on two cores. Ray Data makes an actor in one thread and
-    calls it in another.
-    """
-    torch.set_num_threads(threads or max(1, usable_cores() // workers))
-    exact_float32()
-
-
-def usable_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores that this process may use: of a container with a CPU limit that limit, rounded up."""
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    try:
-        limit, period = quota.read_text().split()
-    except (OSError, ValueError):  # no control groups of version 2
-        return cores
-    return cores if limit == "max" else max(1, min(cores, -(-int(limit) // int(period))))

@@ -6,7 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 from pipelines import fence as module
 from pipelines import workers as pool
@@ -14,7 +13,7 @@ from pipelines.fence import Fence
 from pipelines.lease import LeaseLostError, hold_lease
 from pipelines.run_log import RunLog
 from pipelines.storage import open_store
-from pipelines.workers import Group, _interruptible, set_threads
+from pipelines.workers import Group, _interruptible
 
 
 def ends_the_process(signum, frame):
@@ -77,30 +76,6 @@ def test_a_store_that_does_not_answer_is_no_lost_lease(taken, monkeypatch, caplo
     assert "the lease cannot be looked at: connection refused" in caplog.text
 
 
-def test_float32_of_a_worker_is_not_tf32():
-    flags = torch.backends.cudnn, torch.backends.cuda.matmul
-    before, threads = [flag.allow_tf32 for flag in flags], torch.get_num_threads()
-    try:
-        for flag in flags:
-            flag.allow_tf32 = True
-        set_threads(3)
-        assert torch.get_num_threads() == 3
-        assert [flag.allow_tf32 for flag in flags] == [False, False]
-    finally:
-        torch.set_num_threads(threads)
-        for flag, value in zip(flags, before, strict=True):
-            flag.allow_tf32 = value
-
-
-@pytest.mark.parametrize(("workers", "threads"), [(1, 6), (2, 3), (4, 1), (7, 1)])
-def test_workers_that_share_a_machine_share_its_cores(monkeypatch, one_thread, workers, threads):
-    monkeypatch.setattr(pool, "usable_cores", lambda: 6)
-    set_threads(None, workers)
-    assert torch.get_num_threads() == threads
-    set_threads(5, workers)  # as it was told
-    assert torch.get_num_threads() == 5
-
-
 def test_workers_are_counted_by_machine_however_many_nodes_it_plays(monkeypatch):
     names = [("a", True, 4), ("a", True, 4), ("b", True, 4), ("c", False, 4), ("head", True, 0)]
     nodes = [
@@ -109,16 +84,3 @@ def test_workers_are_counted_by_machine_however_many_nodes_it_plays(monkeypatch)
     ]
     monkeypatch.setattr(pool.ray, "nodes", lambda: nodes)
     assert [pool.workers_per_machine(count) for count in (1, 2, 3, 8)] == [1, 1, 2, 4]
-
-
-@pytest.mark.parametrize(
-    ("content", "cores"),
-    [("max 100000\n", 8), ("400000 100000\n", 4), ("150000 100000\n", 2), ("20000 100000\n", 1),
-     ("6400000 100000\n", 8), (None, 8)],
-)  # fmt: skip
-def test_the_limit_of_a_container_is_that_of_its_workers(tmp_path, monkeypatch, content, cores):
-    monkeypatch.setattr(pool.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    quota = tmp_path / "cpu.max"
-    if content:
-        quota.write_text(content)
-    assert pool.usable_cores(quota) == cores
