@@ -212,7 +212,7 @@ def take_turns(contenders: dict[str, Any], repeats: int) -> list[dict[str, Any]]
         found: dict[str, Any] = {}
         for name in names:
             found[name] = contenders[name]()
-            say(f"round {number + 1}, {name}: {found[name]['rate']:.2f} pairs/s")
+            say(f"round {number + 1}, {name}: {found[name]['rate']:.2f}/s")
         rounds.append(found)
     return rounds
 

@@ -14,10 +14,10 @@ error. The machine should have nothing else to do: its load is in the results.
   not have. Both draw their noise and encode their prompts in a step; ours also splits prompts into
   tokens. Reading data, logging and pictures are left out on both sides. Theirs in bfloat16 asks for
   CUDA's autocast; on a CPU it is given the CPU's. Its EDM network has bfloat16 on CUDA only.
-- Samples per second: both sides in one process, some steps each in turn, forwards and backwards,
-  after two steps each. A ratio is taken within a round, and the median round counts. `cpu_seconds`
-  of the rounds is the time that the steps spent on the processor: it says more than the rate where
-  the machine had something else to do.
+- Samples per second: each side in fresh processes, in turn forwards and backwards, after two steps;
+  ours is given what a worker is given (`prepare_computing`). A ratio is taken within a round, and
+  the median round counts. `cpu_seconds` of a round is the time that a step spent on the processor:
+  it says more than the rate where the machine had something else to do.
 - Peak memory: each side in a fresh process, the most bytes that torch's allocator held at one time
   during a step, the first ones left out: on CUDA its own count, on a CPU the sum over all of its
   allocations as torch.profiler lists them. So it holds weights, gradients, optimizer state and
@@ -45,6 +45,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ from benchmarks.pair_bench import Result, compared, say, take_turns, write_promp
 from benchmarks.train_networks import SIZES, Case, write_teacher
 from benchmarks.train_windows import seconds_per_save
 
+SIDES = ("ours", "dmd2")
 PARTS = ("sd", "edm", "loop", "checkpoint")
 FASTER, LEANER, OVERHEAD = 1.2, 0.8, 0.98
 _LIBRARIES = ("ray", "torch", "diffusers", "transformers", "accelerate", "numpy")
@@ -173,18 +175,17 @@ class Bench:
                 )
 
     def _speed(self, case: Case) -> Result:
-        found = self._work(
-            "speed", case=asdict(case), seconds=self.size.seconds, repeats=self.size.repeats
-        )
-        ours, theirs = found["weights"]["ours"], found["weights"]["dmd2"]
+        settings = {"case": asdict(case), "seconds": self.size.seconds}
+        contenders = {side: partial(self._work, "speed", side=side, **settings) for side in SIDES}
+        rounds = take_turns(contenders, self.size.repeats)
+        ours, theirs = (rounds[0][side]["weights"] for side in SIDES)
         if ours != theirs:
             raise SystemExit(f"{case.name}: ours has {ours} weights, theirs {theirs}")
-        return self._ratio(f"{case.name}: samples/s", FASTER, found["rounds"], "ours", "dmd2")
+        return self._ratio(f"{case.name}: samples/s", FASTER, rounds, *SIDES)
 
     def _memory(self, case: Case) -> Result:
         found = {
-            side: self._work("memory", case=asdict(case), side=side, steps=2)
-            for side in ("ours", "dmd2")
+            side: self._work("memory", case=asdict(case), side=side, steps=2) for side in SIDES
         }
         return leaner(f"{case.name}: peak memory", found)
 

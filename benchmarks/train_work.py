@@ -17,6 +17,7 @@ import torch
 from benchmarks.train_dmd2 import dmd2
 from benchmarks.train_networks import Case, Contestant
 from benchmarks.train_ours import ours
+from pipelines.computing import prepare_computing
 
 RESULT = "result "
 SIDES: dict[str, Callable[[Case], Contestant]] = {"ours": ours, "dmd2": dmd2}
@@ -30,7 +31,10 @@ def main() -> None:
 
         found = getattr(train_loops, work)(**settings)
     else:
-        torch.set_num_threads(settings.pop("threads"))
+        threads = settings.pop("threads")
+        torch.set_num_threads(threads)
+        if settings["side"] == "ours":
+            prepare_computing(threads)  # as a worker does
         torch.manual_seed(0)
         case = Case(**settings.pop("case"))
         found = {"speed": speed, "memory": memory}[work](case, **settings)
@@ -40,27 +44,19 @@ def main() -> None:
 # ---------------------------------------------------------------- samples per second
 
 
-def speed(case: Case, *, seconds: float, repeats: int) -> dict[str, Any]:
-    """Both sides in one process, a few steps each in turn, forwards and backwards: what slows the
-    machine down slows both."""
-    sides = {name: build(case) for name, build in SIDES.items()}
-    for side in sides.values():
-        timed(side.step, _WARM_UP, case)
-    slowest = max(timed(side.step, 1, case) for side in sides.values())
-    steps = max(1, round(seconds / slowest))
-    rounds = []
-    for number in range(repeats):
-        names = list(sides)[:: -1 if number % 2 else 1]
-        samples = steps * case.batch_size * case.fake_updates
-        found: dict[str, dict[str, float]] = {}
-        for name in names:
-            on_processor = time.process_time()
-            rate = samples / timed(sides[name].step, steps, case)
-            on_processor = time.process_time() - on_processor
-            found[name] = {"rate": rate, "cpu_seconds": on_processor}
-        rounds.append(found)
-    weights = {name: weights_of(side) for name, side in sides.items()}
-    return {"rounds": rounds, "steps": steps, "weights": weights}
+def speed(case: Case, *, side: str, seconds: float) -> dict[str, Any]:
+    """Samples per second of one side, over as many steps as last `seconds`."""
+    contestant = SIDES[side](case)
+    timed(contestant.step, _WARM_UP, case)
+    steps = max(1, round(seconds / timed(contestant.step, 1, case)))
+    on_processor = time.process_time()
+    elapsed = timed(contestant.step, steps, case)
+    return {
+        "rate": steps * case.batch_size * case.fake_updates / elapsed,
+        "cpu_seconds": (time.process_time() - on_processor) / steps,
+        "steps": steps,
+        "weights": weights_of(contestant),
+    }
 
 
 def timed(step: Callable[[], None], steps: int, case: Case) -> float:
