@@ -52,13 +52,15 @@ class RunLog:
         return self._log.lines
 
     def append(self, line: Mapping[str, Any]) -> None:
-        self._log.append(line)
+        with _warned("curves", "written"):  # the line itself waits in memory
+            self._log.append(line)
         if self._due.ready():
             self.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """To the trackers alone."""
-        self._log.add_scalars(step, values)
+        with _warned("curves", "written"):
+            self._log.add_scalars(step, values)
 
     def pictures(self, step: int, rows: Sequence[np.ndarray], *, surely: bool = False) -> None:
         """`rows`: the teacher's above, the student's below, each (N,H,W,3) uint8."""
@@ -71,7 +73,8 @@ class RunLog:
             f"sample pictures of step {step}",
             surely,
         )
-        self._log.add_picture(SAMPLES, step, np.concatenate(rows[1], axis=1))
+        with _warned(f"sample pictures of step {step}", "tracked"):
+            self._log.add_picture(SAMPLES, step, np.concatenate(rows[1], axis=1))
 
     def flush(self, *, surely: bool = False) -> None:
         if self._writes and self._fence.holds():

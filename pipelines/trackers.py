@@ -22,6 +22,7 @@ TrackerName = Literal["tensorboard", "wandb", "none"]
 _TENSORBOARD, _WANDB = "tensorboard", "wandb.json"
 _PROJECT = "one-step-dmd"
 _UPLOAD_S = 60.0  # training waits for an upload
+_NO_LIMIT = 0  # of multiprocessing's queues
 
 
 class Tracker(Protocol):
@@ -76,16 +77,22 @@ def open_trackers(
 
 class TensorBoard:
     """Event files in `<run>/tensorboard`; on an object store copies of local ones, whole, for it
-    has no append: those that have grown, once a minute and at the end."""
+    has no append: those that have grown, once a minute and at the end.
+
+    tensorboardX writes in a thread that a full disk ends in silence, and by default it takes events
+    through a queue of ten: training would wait for a place in it for ever.
+    """
 
     def __init__(self, store: Store, *, resume_step: int) -> None:
         self._store = store
         local = is_local(store.fs)
         self._folder = store.path(_TENSORBOARD) if local else tempfile.mkdtemp()
         self._due, self._uploaded = Throttle(_UPLOAD_S), dict[str, int]()  # file → bytes
+        self._step = resume_step
         self._open(resume_step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._step = step
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
 
@@ -93,11 +100,17 @@ class TensorBoard:
         self._writer.add_image(tag, picture, step, dataformats="HWC")
 
     def rewind(self, step: int) -> None:
-        self.close()
-        self._open(step)
+        try:
+            self.close()
+        finally:
+            self._open(step)
 
     def flush(self) -> None:
-        """The newest events may follow with the next flush: tensorboardX writes in a thread."""
+        """The newest events may follow with the next flush: tensorboardX writes in a thread.
+        Raises OSError, once, where that thread has ended; a further file is begun then."""
+        if not self._writes():
+            self._open(self._step)
+            raise OSError(f"TensorBoard's events up to step {self._step} may be lost")
         self._writer.flush()
         if self._due.ready():
             self._upload()
@@ -105,6 +118,10 @@ class TensorBoard:
     def close(self) -> None:
         self._writer.close()
         self._upload()
+
+    def _writes(self) -> bool:
+        """Does the thread live? There is no public way to ask."""
+        return self._writer.file_writer.event_writer._worker.is_alive()
 
     def _upload(self) -> None:
         if is_local(self._store.fs):
@@ -125,6 +142,7 @@ class TensorBoard:
         self._writer = SummaryWriter(
             self._folder,
             purge_step=resume_step + 1,
+            max_queue=_NO_LIMIT,
             flush_secs=10,
             filename_suffix=f".{len(older):05d}",
         )

@@ -1,11 +1,14 @@
 """The training log and what it shows in TensorBoard and Weights & Biases, each read back."""
 
+import errno
 import json
 import os
 import socket
 import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,6 +141,42 @@ def test_a_file_is_uploaded_when_it_has_grown_and_once_a_minute_at_most(tmp_path
     board.close()  # whatever the time
     assert uploads.count(file.name) == 4
     assert fs.cat_file(f"/{tmp_path.name}/run/tensorboard/{file.name}") == b"abcd"
+
+
+def test_a_full_disk_ends_tensorboards_thread_and_not_the_training(store, monkeypatch):
+    """Its queue would fill up, and training wait for a place in it for ever."""
+    from tensorboardX.record_writer import RecordWriter
+
+    board = TensorBoard(store, resume_step=0)
+    write, full = RecordWriter.write, threading.Event()
+
+    def written(self, event):
+        if full.is_set():
+            raise OSError(errno.ENOSPC, "no space left on device")
+        return write(self, event)
+
+    monkeypatch.setattr(RecordWriter, "write", written)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # it dies without a word to us
+    full.set()
+    training = threading.Thread(
+        target=lambda: [board.scalars(step, {"train/a": 1.0}) for step in range(1, 41)], daemon=True
+    )
+    training.start()
+    training.join(timeout=20)
+    assert not training.is_alive(), "training waits for TensorBoard"
+
+    deadline = time.monotonic() + 20
+    while board._writes() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(OSError, match="no space left"):  # a further file cannot be begun either
+        board.flush()
+    full.clear()
+    with pytest.raises(OSError, match="events up to step 40 may be lost"):
+        board.flush()
+    board.flush()
+    board.scalars(41, {"train/a": 41.0})
+    board.close()
+    assert _tensorboard(store, "train/a")[41] == 41.0
 
 
 def test_pictures_reach_tensorboard(store):
