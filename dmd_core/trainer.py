@@ -56,6 +56,12 @@ class DmdTrainer:
     def __init__(self, networks: DmdNetworks, uncond: Condition) -> None:
         self.networks, self._uncond = networks, uncond
         self.nonfinite_updates = 0
+        self._nonfinite_in_a_row: dict[str, int] = {}  # by network
+
+    def resume(self, nonfinite_updates: int) -> None:
+        """The networks have been given the weights of an earlier state, with this count."""
+        self.nonfinite_updates = nonfinite_updates
+        self._nonfinite_in_a_row.clear()
 
     def enter_stage(self, stage: StageSettings) -> None:
         self._stage = stage
@@ -190,26 +196,30 @@ class DmdTrainer:
         moved."""
         network = self.networks.trained[next(iter(rates))]
         total, reached = torch.zeros(()), False
-        for index, loss_of in enumerate(losses):
-            with accumulating(network, last=index == len(losses) - 1):
-                loss = loss_of()
-                if loss.requires_grad:  # else no loss of this stage reaches these weights
-                    loss.backward()
-                    reached = True
-            total = total.to(loss.device) + loss.detach()
-        moved = reached and self._step(rates, total, tally)
-        for name in rates:  # gradients of one network are not kept while the other is trained
-            self.networks.optimizers[name].zero_grad(set_to_none=True)
-        return moved
+        try:
+            for index, loss_of in enumerate(losses):
+                with accumulating(network, last=index == len(losses) - 1):
+                    loss = loss_of()
+                    if loss.requires_grad:  # else no loss of this stage reaches these weights
+                        loss.backward()
+                        reached = True
+                total = total.to(loss.device) + loss.detach()
+            return reached and self._step(rates, total, tally)
+        finally:
+            # Not kept while the other network is trained, nor for a start from other weights.
+            for name in rates:
+                self.networks.optimizers[name].zero_grad(set_to_none=True)
 
     def _step(self, rates: dict[str, float], loss: torch.Tensor, tally: Tally) -> bool:
         """Clip, look, step."""
         norms = {name: self._clip(name) for name in self.networks.parameters() if name in rates}
         for name, norm in norms.items():
             tally.add(f"{name}_grad_norm", norm, 1.0)
+        name = next(iter(rates))
         if not all(math.isfinite(norm) for norm in norms.values()):
-            self._count_nonfinite(next(iter(rates)), float(loss))
+            self._count_nonfinite(name, float(loss))
             return False
+        self._nonfinite_in_a_row[name] = 0
         for name, rate in rates.items():
             optimizer = self.networks.optimizers[name]
             for group in optimizer.param_groups:
@@ -223,12 +233,16 @@ class DmdTrainer:
         return float(whole(norm))
 
     def _count_nonfinite(self, name: str, loss: float) -> None:
+        """A few in a week are nothing; many in a row of one network are its end."""
         self.nonfinite_updates += 1
-        if self.nonfinite_updates > self.networks.settings.max_nonfinite_updates:
+        in_a_row = self._nonfinite_in_a_row.get(name, 0) + 1
+        self._nonfinite_in_a_row[name] = in_a_row
+        if in_a_row > self.networks.settings.max_nonfinite_updates:
             raise DivergedError(
-                f"{self.nonfinite_updates} updates had a gradient that was not finite (last: "
-                f"{name}, loss {loss}); more than train.max_nonfinite_updates allows. Lower "
-                "train.learning_rate or train.max_grad_norm, or raise train.fake_updates"
+                f"{in_a_row} updates of the {name} in a row had a gradient that was not finite "
+                f"(the last loss: {loss}); more than train.max_nonfinite_updates allows. Begin "
+                "another run.dir with a lower train.learning_rate or train.max_grad_norm, or a "
+                "higher train.fake_updates; or let train.health roll back on nonfinite_updates"
             )
 
 

@@ -18,6 +18,7 @@ MAY_CHANGE = {
     "train.placement",
     "train.threads_per_worker",
     "train.max_failures",
+    "train.max_nonfinite_updates",
     "train.checkpointing_steps",
     "train.checkpoints_total_limit",
     "train.validation_steps",

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="start",
         choices=[PREVIOUS],
-        help="previous: if the newest checkpoint cannot be read, put it aside and go on from the "
-        "one before it",
+        help="previous: put aside the checkpoints that cannot be read, and go on from the newest "
+        "that can",
     )
 
 
@@ -54,7 +54,7 @@ def run(session: Session) -> dict[str, Any]:
             if done is None:
                 session.open_run()
             if put_aside:
-                _put_newest_aside(session)
+                _put_damaged_aside(session)
             # Asked again: another process may have done it while we waited for the lease.
             done = finished_state(session, saved_steps(session))
             if done is None:
@@ -146,6 +146,7 @@ def _train(session: Session, pins: Pins, pin: PinHolder | None, lease: Lease) ->
             cpus_per_worker=recipe.train.cpus_per_worker,
             use_gpu=recipe.train.use_gpu,
             max_failures=recipe.train.max_failures,
+            stored=lambda: saved_steps(session),
             placement=recipe.train.placement,
             validation=validation_config(task),
         )
@@ -154,21 +155,25 @@ def _train(session: Session, pins: Pins, pin: PinHolder | None, lease: Lease) ->
         raise cast(Exception, failure)
 
 
-def _put_newest_aside(session: Session) -> None:
-    """The newest checkpoint, if it cannot be read: so that the same command again goes on."""
+def _put_damaged_aside(session: Session) -> None:
+    """Every checkpoint that cannot be read: so that the same command again goes on. An older one
+    counts too, for a run that goes on reads what all of them say."""
     steps, fs, root = saved_steps(session), session.store.fs, session.store.path(CHECKPOINTS)
-    what = damage(fs, root, steps[-1]) if steps else ""
-    if not what:
-        session.display.say("train: the newest checkpoint is whole; none is put aside")
+    found = {step: what for step in steps if (what := damage(fs, root, step))}
+    whole = [step for step in steps if step not in found]
+    if not found:
+        session.display.say("train: all checkpoints are whole; none is put aside")
         return
-    if len(steps) < 2:
+    if not whole:
         raise JobError(
-            f"--from previous: {what}, and there is no checkpoint before it; to start afresh, use "
-            "another run.dir",
+            f"--from previous: {found[steps[-1]]}, and there is no checkpoint before it; to start "
+            "afresh, use another run.dir",
             Exit.REFUSED,
         )
-    discard_checkpoint(fs, root, steps[-1])
-    session.display.say(f"train: {what}; step {steps[-1]} is put aside, back to step {steps[-2]}")
+    for step, what in found.items():
+        discard_checkpoint(fs, root, step)
+        session.display.say(f"train: {what}; step {step} is put aside")
+    session.display.say(f"train: step {whole[-1]} is the newest whole one")
 
 
 def _agree(session: Session, steps: list[int]) -> tuple[Pins, PinHolder | None, dict[str, str]]:

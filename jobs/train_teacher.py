@@ -56,6 +56,7 @@ def run(session: Session) -> dict[str, Any]:
             cpus_per_worker=1,
             use_gpu=section.use_gpu,
             max_failures=section.max_failures,
+            stored=lambda: _trained_steps(session),
             placement=section.placement,
         )
     effort = (

@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 
 from dmd_core.files import store_errors
-from pipelines.lease import LeaseLostError, check_fence
+from pipelines.lease import LeaseLostError, LeaseNotSeenError, check_fence
 from pipelines.storage import Store
 
 _logger = logging.getLogger(__name__)
@@ -24,6 +24,16 @@ class Fence:
             check_fence(self.store, self.number)
         except store_errors() as error:
             _logger.warning("%s: the lease cannot be looked at: %s", self.store.url, error)
+
+    def is_seen(self) -> bool:
+        """Is the lease in the folder that this process sees, as far as is known?"""
+        try:
+            self.check()
+        except LeaseNotSeenError:
+            return False
+        except LeaseLostError:
+            return True
+        return True
 
     def holds(self) -> bool:
         """Has nobody taken over, as far as is known?"""

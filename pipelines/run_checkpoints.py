@@ -69,7 +69,9 @@ class RunCheckpoints:
 
     def restore(self, step: int) -> dict[str, Any]:
         """The networks' state from the checkpoint of `step`; returns the rest of it."""
-        targets = self._networks.targets(stored_tensors(self._fs, self._root, step))
+        # Read once: a worker that alone cannot read it would leave the others waiting for it.
+        stored = self._group.first(lambda: stored_tensors(self._fs, self._root, step))
+        targets = self._networks.targets(stored)
         return restore_checkpoint(
             self._fs, self._root, step, targets, self._ranks, alone=self._ranks is None
         )

@@ -90,7 +90,8 @@ class TrainSection(StageKeys):
     adam_weight_decay: float = Field(default=0.01, ge=0)
     max_grad_norm: Rate = 10.0
     max_nonfinite_updates: NotNegative = Field(
-        default=10, description="updates left out for a non-finite gradient before the run fails"
+        default=10,
+        description="updates of a network in a row that may be left out for a non-finite gradient",
     )
     checkpointing_steps: Positive = 500
     checkpoints_total_limit: Positive = 2

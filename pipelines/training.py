@@ -5,15 +5,12 @@ its record of rollbacks alone: every random number and every batch is a function
 the run's seed, on any number of workers.
 """
 
-import logging
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import ray
 import ray.train
-import torch
 
 from dmd_core.checkpoint import CheckpointError
 from dmd_core.health import DivergedError, Tally
@@ -26,7 +23,9 @@ from pipelines.fence import Fence
 from pipelines.health_record import HealthRecordError, Remedies
 from pipelines.health_rules import derived
 from pipelines.health_watch import HealthWatch, StoppedError
-from pipelines.lease import LeaseLostError
+from pipelines.lease import LeaseLostError, LeaseNotSeenError
+from pipelines.log_window import LogWindow
+from pipelines.preemption import PreemptionWatch
 from pipelines.prefetch import Prefetcher
 from pipelines.progress import Throttle
 from pipelines.run_checkpoints import RunCheckpoints
@@ -37,9 +36,6 @@ from pipelines.stage_settings import StageKeys
 from pipelines.step_data import Progress
 from pipelines.train_settings import lr_factor, stage_settings, trainer_settings
 from pipelines.workers import Group
-
-_logger = logging.getLogger(__name__)
-
 
 # A restart of the workers would end in the same way.
 _FINAL = (CheckpointError, DivergedError, HealthRecordError, LeaseLostError, StoppedError)
@@ -92,7 +88,7 @@ class _DmdRun:
         )  # fmt: skip
         self.progress, self.finished = Progress(), False
         self.ended_early: dict[str, Any] | None = None
-        self.answered: Any = None  # the notice of preemption that was answered with a checkpoint
+        self.preemption = PreemptionWatch()
 
     # ------------------------------------------------------------------ the loop
 
@@ -113,6 +109,7 @@ class _DmdRun:
 
     def _begin(self) -> None:
         """Go on from the newest checkpoint that may be believed, or from the start."""
+        self._check_folder()
         self._check_lease()
         step = self.checkpoints.newest(self.health.read())
         if step is not None:
@@ -138,11 +135,16 @@ class _DmdRun:
         keys = _remedied(keys, self.health.remedies)
         self.trainer.enter_stage(stage_settings(section, keys, self.inputs.distance(keys)))
         board_throttle = Throttle(0.5)
-        window = _Window()
+        window = LogWindow()
         over = self.progress.stage_is_over(stage, keys, None)  # the stage, or all
         while not over:
             data = self.data.draw(self.progress, keys, self.versions.stream(keys))
-            tally = self.trainer.step(data, self.lr_factor(self.progress.step))
+            try:
+                tally = self.trainer.step(data, self.lr_factor(self.progress.step))
+            except DivergedError:  # on every worker at once: a rule may know what to do
+                if window.steps and self._ails(self._logged(window, keys)):
+                    return
+                raise
             window.add(tally)
             before, self.progress = self.progress, self.progress.after_step(keys)
             step = self.progress.step
@@ -150,9 +152,8 @@ class _DmdRun:
             if self.board is not None and self.group.rank == 0 and (board_throttle.ready() or over):
                 self.board.set.remote(done=step, **self._shown(tally, stage.name))
             if step % section.logging_steps == 0 or over:
-                metrics = self._measure(window, keys)
-                window = _Window()
-                self._log(metrics)
+                metrics = self._logged(window, keys)
+                window = LogWindow()
                 if self._ails(metrics):
                     return
                 ended = self.progress.stage_is_over(stage, keys, metrics)
@@ -168,7 +169,7 @@ class _DmdRun:
                 self._log(switched)
             if step % section.validation_steps == 0 or over:
                 self._show_samples()
-            if step % section.checkpointing_steps == 0 or over or self._is_preempted(step):
+            if step % section.checkpointing_steps == 0 or over or self.preemption.calls(step):
                 self._save()
         self.finished = last or self.finished  # also where there was nothing left to do
 
@@ -179,29 +180,20 @@ class _DmdRun:
             self.log.scalars(found.step, shown)
         return self.beside.stop()
 
-    def _is_preempted(self, step: int) -> bool:
-        """Is a node of this group about to be taken away, and nothing saved for it yet? Asked with
-        every log line: the answer is agreed on by all workers."""
-        if step % self.section.logging_steps:
-            return False
-        notice = ray.train.get_preemption_info()
-        if notice is None or notice == self.answered:
-            return False
-        self.answered = notice
-        _logger.warning("a node is about to be preempted: saving step %d", step)
-        return True
-
     # ------------------------------------------------------------------ what it says
 
-    def _measure(self, window: "_Window", keys: StageKeys) -> dict[str, float]:
-        """True means of everything counted on all workers since the last line."""
-        stacked = window.tally.stacked(self.networks.world.device)
-        if self.group.size > 1:
-            torch.distributed.all_reduce(stacked)
-        metrics = window.tally.means_of(stacked)
-        elapsed = time.monotonic() - window.started
-        metrics["samples_per_second"] = window.steps * keys.train_batch_size / elapsed
-        metrics["data_wait"] = self.data.waited_s / elapsed
+    def _logged(self, window: LogWindow, keys: StageKeys) -> dict[str, float]:
+        metrics = self._measure(window, keys)
+        self._log(metrics)
+        return metrics
+
+    def _measure(self, window: LogWindow, keys: StageKeys) -> dict[str, float]:
+        found = window.measured(self.group, self.networks.world.device)
+        self.preemption.pace(found.step_s)
+        metrics = found.means | {
+            "samples_per_second": keys.train_batch_size / found.step_s,
+            "data_wait": self.data.waited_s / found.elapsed_s,
+        }
         self.data.waited_s = 0.0
         if self.trainer.nonfinite_updates:
             metrics["nonfinite_updates"] = self.trainer.nonfinite_updates
@@ -258,6 +250,16 @@ class _DmdRun:
 
     # ------------------------------------------------------------------ state
 
+    def _check_folder(self) -> None:
+        """Each worker looks: else one that sees another folder is noticed at the first save."""
+        blind = self.group.count(not self.fence.is_seen(), self.networks.world.device)
+        if blind:
+            raise LeaseNotSeenError(
+                f"{blind} of {self.group.size} workers do not see the run's lease in "
+                f"{self.store.url}; is this the same folder on every node? A training on several "
+                "machines needs a shared one, or s3://…"
+            )
+
     def _check_lease(self) -> None:
         """Who started this training may be frozen or cut off, and another one at work here."""
         self.group.first(self.fence.check)
@@ -291,7 +293,7 @@ class _DmdRun:
                     f"checkpoint of step {step} in {self.store.url} has {key} "
                     f"{state[key][:12]}…, expected {ours[:12]}…; use another run.dir"
                 )
-        self.trainer.nonfinite_updates = state["nonfinite_updates"]
+        self.trainer.resume(state["nonfinite_updates"])
         self.progress = Progress(**state["progress"])
         self.versions.restore(state["pairs_segments"])
         self.finished = is_finished(state, self.section)
@@ -308,14 +310,3 @@ def _remedied(keys: StageKeys, change: Remedies) -> StageKeys:
             "fake_learning_rate": None if fake_rate is None else fake_rate * factor,
         }
     )
-
-
-class _Window:
-    """What happened since the last log line."""
-
-    def __init__(self) -> None:
-        self.tally, self.steps, self.started = Tally(), 0, time.monotonic()
-
-    def add(self, tally: Tally) -> None:
-        self.tally.merge(tally)
-        self.steps += 1

@@ -4,17 +4,26 @@ What a restarted worker finds is decided by our checkpoints' markers alone; Ray 
 is not used, so every start may have a fresh Ray run name and any Ray version may continue a run.
 """
 
+import logging
 import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import ray
 import ray.train
-from ray.train import FailureConfig, RunConfig, ScalingConfig, ValidationConfig
+import torch
+from ray.train import (
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    ValidationConfig,
+    WorkerGroupError,
+)
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 
@@ -23,6 +32,7 @@ from pipelines.placement import GroupPlacementSection
 from pipelines.storage import Store
 
 T = TypeVar("T")
+_logger = logging.getLogger(__name__)
 _RESIZE_CHECK_S = 30.0  # how often an elastic group looks for more room
 
 
@@ -49,6 +59,13 @@ class Group:
         """Rank 0's value, on every worker."""
         return value if self.size == 1 else broadcast_from_rank_zero(value)
 
+    def count(self, found: bool, device: torch.device) -> int:
+        """Of how many workers that is true, on every worker."""
+        total = torch.tensor(int(found), device=device)
+        if self.size > 1:
+            torch.distributed.all_reduce(total)
+        return int(total)
+
     def first(self, make: Callable[[], T]) -> T:
         """What `make` returns on rank 0, on every worker; what it raises of ours, too: else the
         others would wait for a worker that is gone."""
@@ -73,6 +90,7 @@ def run_worker_group(
     cpus_per_worker: float,
     use_gpu: bool,
     max_failures: int,
+    stored: Callable[[], Any],
     placement: GroupPlacementSection | None = None,
     validation: ValidationConfig | None = None,
 ) -> None:
@@ -80,9 +98,13 @@ def run_worker_group(
 
     `num_workers` (least, most): elastic. The loop starts again from its checkpoint whenever the
     group changes; `max_failures` does not count the loss of a preempted node.
+
+    `stored`: what of the work is on the store. Where there is more of it than before, failures are
+    counted anew: in weeks, many machines may fail, and each costs only what was not stored yet.
     """
     resources = {"CPU": cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
-    trainer = TorchTrainer(
+    trainer = partial(
+        TorchTrainer,
         loop,
         train_loop_config=config,
         scaling_config=ScalingConfig(
@@ -92,16 +114,24 @@ def run_worker_group(
             elastic_resize_monitor_interval_s=_RESIZE_CHECK_S,
             **(placement or GroupPlacementSection()).options(),
         ),
-        run_config=RunConfig(
+        validation_config=validation,
+    )
+    while True:
+        before = stored()
+        run = RunConfig(
             name=uuid.uuid4().hex[:12],
             storage_path=store.path("ray"),
             storage_filesystem=store.arrow,
             failure_config=FailureConfig(max_failures=max_failures),
-        ),
-        validation_config=validation,
-    )
-    with _interruptible():
-        trainer.fit()
+        )
+        try:
+            with _interruptible():
+                trainer(run_config=run).fit()
+            return
+        except WorkerGroupError as error:
+            if stored() == before:
+                raise
+            _logger.warning("workers failed, but came further; they are started again: %s", error)
 
 
 @contextmanager

@@ -119,11 +119,11 @@ def _way_on(fs: AbstractFileSystem, root: str, step: int) -> Iterator[None]:
     try:
         yield
     except UntrustedError as error:
-        older = [other for other in committed_steps(fs, root) if other < step]
+        others = [other for other in committed_steps(fs, root) if other != step]
         way = (
-            f"run again with --from previous to go on from step {older[-1]}"
-            if older
-            else f"there is no older one; to start afresh, move {checkpoint_path(root, step)} away"
+            f"run again with --from previous to go on from step {others[-1]}"
+            if others
+            else f"there is no other one; to start afresh, move {checkpoint_path(root, step)} away"
         )
         raise CheckpointError(f"{error}. Checkpoint of step {step}: {way}") from error
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FluxPipeline
 
 from dmd_core.teacher import Teacher, load_teacher
 from tests.dmd_core.tiny_families import CLASSES, SIDE, save_family
@@ -38,6 +38,14 @@ def plain(folder: str) -> Any:
     pipeline = DiffusionPipeline.from_pretrained(folder, **absent)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def unclipped_ddim(pipeline: Any) -> DDIMScheduler:
+    """What our ODE of a pixel DDPM is compared with: its own DDPM scheduler draws noise at every
+    step, and DDIM by default clips x₀ to [−1, 1] at every step, which is not the marginals' ODE."""
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    assert isinstance(scheduler, DDIMScheduler)
+    return scheduler
 
 
 def _class(folder: str) -> str:

@@ -215,9 +215,9 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path, name, da
         file.unlink()
     else:
         file.write_bytes(raw[:-3] if damage == "truncate" else raw + b" ")
-    with pytest.raises(CheckpointError, match=f"{name} .*there is no older one"):
+    with pytest.raises(CheckpointError, match=f"{name} .*there is no other one"):
         load_checkpoint(FS, str(tmp_path))
-    with pytest.raises(CheckpointError, match=f"{name} .*there is no older one"):
+    with pytest.raises(CheckpointError, match=f"{name} .*there is no other one"):
         restore_checkpoint(FS, str(tmp_path), 7, {"net": {"w": torch.zeros(3)}})
 
 

@@ -44,8 +44,9 @@ ONE, FOUR = None, (999, 749, 499, 249)
 DMD, DMD2 = LossSettings(), LossSettings(reg=0.0, gan=5e-3)
 # (family, student's times, losses)
 OFTEN = [
-    ("sdxl", FOUR, DMD2), ("sd3", ONE, DMD), ("sd3", FOUR, DMD2), ("flux", ONE, DMD2),
-    ("pixart", ONE, DMD2), ("edm", ONE, DMD2), ("ddpm", FOUR, DMD2), ("unconditional", FOUR, DMD),
+    ("sd", ONE, DMD), ("sd", FOUR, DMD2), ("sdxl", FOUR, DMD2), ("sd3", ONE, DMD),
+    ("sd3", FOUR, DMD2), ("flux", ONE, DMD2), ("pixart", ONE, DMD2), ("edm", ONE, DMD2),
+    ("pixart", (400,), DMD), ("ddpm", FOUR, DMD2), ("unconditional", FOUR, DMD),
 ]  # fmt: skip
 REST = [
     ("sd v", ONE, DMD), ("sd v", FOUR, DMD2), ("sd", (399,), DMD2), ("sd", ONE, DMD2),
@@ -56,7 +57,23 @@ REST = [
     ("flux schnell", FOUR, DMD2), ("pixart", ONE, DMD), ("pixart", FOUR, DMD2),
     ("ddpm", ONE, DMD), ("unconditional", ONE, DMD2),
 ]  # fmt: skip
-TRAINED = [*OFTEN, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
+ADAPTED_OFTEN = [("sd", ONE, DMD), ("sd3", ONE, DMD), ("flux", FOUR, DMD2)]
+ADAPTED_REST = [(name, ONE, DMD) for name in ("sd v", "sdxl", "flux")]
+Case = tuple[str, tuple[int, ...] | None, LossSettings]
+
+
+def _cases(often: list[Case], rest: list[Case]) -> list:
+    """Parameters with names; the rest is slow for its number."""
+    slow = pytest.mark.slow
+    return [
+        *(pytest.param(*case, id=_id(*case)) for case in often),
+        *(pytest.param(*case, id=_id(*case), marks=slow) for case in rest),
+    ]
+
+
+def _id(name: str, times: tuple[int, ...] | None, losses: LossSettings) -> str:
+    steps = f"at {times[0]}" if times not in (ONE, FOUR) else len(times or (0,))
+    return f"{name}-{steps}-{'dmd2' if losses.gan else 'dmd'}"
 
 
 def _distil(
@@ -130,11 +147,7 @@ def _renoised(name: str, eps: torch.Tensor, steps: int) -> tuple[list[torch.Tens
     return noises, {"generator": torch.Generator().manual_seed(3)}
 
 
-@pytest.mark.parametrize(
-    ("name", "times", "losses"),
-    TRAINED,
-    ids=[f"{n}-{len(t or (0,))}-{'dmd2' if lo.gan else 'dmd'}" for n, t, lo in [*OFTEN, *REST]],
-)
+@pytest.mark.parametrize(("name", "times", "losses"), _cases(OFTEN, REST))
 def test_exported_student_equals_the_student_in_memory(families, tmp_path, name, times, losses):
     teacher = families.teacher(name)
     guidance = 3.0 if name in ("sdxl", "sd3", "flux", "edm") else 1.0
@@ -168,28 +181,29 @@ def _sample_of_teacher(teacher, networks, noises, cond) -> torch.Tensor:
         networks.generator.load_state_dict(trained)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [*(pytest.param(n, marks=pytest.mark.slow) for n in ("sd v", "sdxl", "flux")), "sd3"],
-)
-def test_adapters_alone_and_fused(families, tmp_path, name):
+@pytest.mark.parametrize(("name", "times", "losses"), _cases(ADAPTED_OFTEN, ADAPTED_REST))
+def test_adapters_alone_and_fused(families, tmp_path, name, times, losses):
     lora = LoraSettings(rank=2, alpha=4)
+    settings = TrainerSettings(timesteps=times, discriminator=losses.gan > 0, lora=lora)
     teacher = families.teacher(name)
-    networks = _distil(teacher, TrainerSettings(lora=lora), DMD)
-    eps = noise(teacher)
-    with torch.no_grad():
-        expected = networks.student(eps, teacher.encode_prompts(PROMPTS))
+    networks = _distil(teacher, settings, losses)
+    eps, steps = noise(teacher), len(networks.timesteps)
+    noises, _ = _renoised(name, eps, steps)
+    expected = networks.student.sample(noises, teacher.encode_prompts(PROMPTS))
     folder = _export(teacher, networks, tmp_path / "student", lora)
-    arguments = {} if name == "flux" else {"guidance_scale": 0.0}
+
+    def picture(pipeline) -> torch.Tensor:
+        arguments = {} if name == "flux" else {"guidance_scale": 0.0}
+        _, generator = _renoised(name, eps, steps)
+        return call_by_hand(name, pipeline, eps, steps, **arguments, **generator)
+
     fused = plain(folder)
-    found = call_by_hand(name, fused, eps, 1, **arguments)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(picture(fused), expected, rtol=1e-4, atol=1e-4)
     alone = plain(families.folder(name))
     alone.scheduler = fused.scheduler
-    bare = call_by_hand(name, alone, eps, 1, **arguments)
+    bare = picture(alone)
     alone.load_lora_weights(f"{folder}/{LORA_FOLDER}")
-    found = call_by_hand(name, alone, eps, 1, **arguments)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(picture(alone), expected, rtol=1e-4, atol=1e-4)
     assert (bare - expected).abs().max() > 1e-3
 
 

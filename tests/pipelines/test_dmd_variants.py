@@ -173,6 +173,21 @@ def test_non_finite_gradients_are_left_out_and_fail_past_the_limit(make):
         run.train(1)
 
 
+def test_non_finite_gradients_now_and_then_end_nothing(make):
+    run = make({"max_nonfinite_updates": 1})
+    weight = run.networks.fake.conv_in.weight
+    for count in (1, 2, 3):
+        good = weight.detach().clone()
+        with torch.no_grad():
+            weight.fill_(float("nan"))
+        run.train(1)
+        assert run.trainer.nonfinite_updates == count
+        with torch.no_grad():
+            weight.copy_(good)
+        run.train(1)
+    assert run.trainer.nonfinite_updates == 3
+
+
 def test_health_signals_are_what_they_say(make):
     run = make({})
     tally = run.train(1)[0]

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.ddpm import pipeline_ddpm
 
 from dmd_core.export import export_student
 from dmd_core.networks import DmdNetworks
@@ -29,6 +30,7 @@ from tests.dmd_core.family_calls import (
     PROMPTS,
     call_by_hand,
     plain,
+    unclipped_ddim,
 )
 from tests.pipelines.dmd_runs import write_pictures
 from tests.pipelines.test_teacher_actor import rows
@@ -36,7 +38,7 @@ from tests.pipelines.test_teacher_actor import rows
 FLOW, VP = "flow_euler", "dpmsolver++"
 SOLVERS = {
     "sd": VP, "sd v": VP, "sdxl": "euler", "sd3": FLOW, "sd3 without t5": FLOW, "flux": FLOW,
-    "pixart": VP, "edm": "edm_euler",
+    "flux schnell": FLOW, "pixart": VP, "edm": "edm_euler", "ddpm": "ddim", "unconditional": "ddim",
 }  # fmt: skip
 TIMES = (999, 749, 499, 249)
 
@@ -46,7 +48,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def _section(name: str, **changes: object) -> PairsSection:
     side = {} if name in PIXELS else {"height": 16, "width": 16}
-    scale = 1.0 if name in PIXELS else 3.0
+    scale = 1.0 if name in PIXELS or name == "flux schnell" else 3.0
     return PairsSection.model_validate(
         {"solver": SOLVERS[name], "steps": 3, "guidance_scale": scale, "dtype": "float32",
          "threads_per_actor": 1, "batch_size": 2, "rows_per_block": 2} | side | changes
@@ -60,7 +62,9 @@ def _section(name: str, **changes: object) -> PairsSection:
         for name in SOLVERS
     ],
 )
-def test_stored_pairs_equal_the_family_s_own_pipeline(families, tmp_path, name, record_property):
+def test_stored_pairs_equal_the_family_s_own_pipeline(
+    families, tmp_path, name, record_property, monkeypatch
+):
     folder, section = families.folder(name), _section(name)
     root = open_store(str(tmp_path / "set"))
     fingerprint = fingerprint_of(section, teacher_revision(folder))
@@ -68,7 +72,12 @@ def test_stored_pairs_equal_the_family_s_own_pipeline(families, tmp_path, name, 
     stored = decode_pairs(actor(rows(2, PROMPTS)))
     assert stored.pair_ids == (0, 1) and stored.latents.dtype == torch.float32
     guidance = {} if name in PIXELS else {"guidance_scale": section.guidance_scale}
-    own = call_by_hand(name, plain(folder), stored.noise, section.steps, **guidance)
+    pipeline = plain(folder)
+    if name in ("ddpm", "unconditional"):
+        pipeline.scheduler = unclipped_ddim(pipeline)
+    if name == "unconditional":  # it takes no latents
+        monkeypatch.setattr(pipeline_ddpm, "randn_tensor", lambda *_, **__: stored.noise)
+    own = call_by_hand(name, pipeline, stored.noise, section.steps, **guidance)
     found = stored.latents.clamp(-1, 1) if name in PIXELS else stored.latents
     difference = float((found - own).abs().max())
     record_property("max_abs_difference", difference)

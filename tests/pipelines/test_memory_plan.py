@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dmd_core.families import FAMILIES
 from dmd_core.miniature import MiniatureSize, build_unet
-from dmd_core.pass_memory import PassMemory, UnknownNetworkError, pass_memory
+from dmd_core.pass_memory import _DRIVEN, PassMemory, UnknownNetworkError, pass_memory
 from dmd_core.teacher import load_teacher
 from pipelines.config import PairsSection
 from pipelines.memory_plan import (
@@ -21,6 +22,7 @@ from pipelines.memory_plan import (
 )
 from pipelines.train_config import TrainSection
 from pipelines.weights import WeightsError, denoiser_of, pipeline_weights
+from tests.dmd_core.tiny_families import BUILDERS
 
 # Stable Diffusion 1.5 in round figures; a pass holds 1 GiB per sample beside 3 GiB of gradients.
 SIZES = NetworkSizes(denoiser=860_000_000, others=206_000_000, adapters=12_000_000, block=10**8)
@@ -125,6 +127,39 @@ def test_bfloat16_checkpointing_and_no_gradient_each_need_less():
     assert plain.frozen[1] < 0.5 * plain.peak[1]
 
 
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "pixart", "edm"])
+def test_every_family_s_network_is_played_through(name):
+    pipeline = BUILDERS[name]()
+    family = FAMILIES[type(pipeline).__name__]
+    model = getattr(pipeline, family.model)
+    shape = (3, 8, 8) if family.on_pixels else (4, 8, 8)
+    plan = pass_memory(type(model).__name__, model.config, shape)
+    assert 0 < plan.frozen[0] < plan.frozen[1]
+    assert 0 < plan.held[0] < plan.held[1] < plan.peak[1]
+    gradients = 4 * sum(p.numel() for p in model.parameters())
+    assert gradients <= plan.peak[0] <= plan.peak[1]
+
+
+def test_the_networks_of_all_families_are_driven():
+    assert {name for family in FAMILIES.values() for name in family.networks} == set(_DRIVEN)
+
+
+def test_a_network_that_needs_values_says_so(monkeypatch):
+    """As one of another diffusers might."""
+    model = BUILDERS["unconditional"]().unet
+
+    def of_values(self, sample, timestep, return_dict):
+        return (sample * float(sample.mean()),)
+
+    def of_others(self, sample, timestep, return_dict, resolution):
+        return (sample,)
+
+    for forward, why in ((of_values, "DataDependent"), (of_others, "resolution")):
+        monkeypatch.setattr(type(model), "forward", forward)
+        with pytest.raises(UnknownNetworkError, match=f"UNet2DModel does not run .*{why}"):
+            pass_memory("UNet2DModel", model.config, (3, 8, 8))
+
+
 def test_a_network_that_is_not_driven_says_so():
     for name in ("AutoencoderKL", "os", "NoSuchModel"):
         with pytest.raises(UnknownNetworkError, match=name):
@@ -168,6 +203,17 @@ def test_a_gan_and_pairs_need_more():
     assert total(train_batch_size=8, lambda_reg=1.0, regression_batch_size=8) > base + 5
 
 
+def test_guidance_is_a_second_pass_only_where_it_is_one():
+    """More samples than eight, so that the scores are the most that is held."""
+    guided = total(train_batch_size=32)
+    once = total(train_batch_size=32, guidance_scale=1)
+    assert once < guided - 1
+    told = training_memory(SIZES, section(train_batch_size=32), passes, distilled=True)
+    assert told.total / GIB == once
+    unscored = {"dm_weight": 0, "lambda_reg": 1, "regression_batch_size": 1}
+    assert total(train_batch_size=31, **unscored) < once - 1
+
+
 def test_what_is_not_known_is_said():
     plan = training_memory(SIZES, section(), lambda bf16, checkpointing: None)
     assert not plan.complete and "gradients and passes" not in plan.parts
@@ -194,8 +240,10 @@ def test_the_change_that_makes_it_fit_is_small_and_true():
 
 
 def test_teachers_and_checkpoints():
-    plan = sampling_memory(SIZES, PairsSection(batch_size=4, rows_per_block=8), passes)
-    assert plan.parts["passes"] == pytest.approx(1.05 * GIB)  # 8 rows: guidance doubles them
+    for scale, distilled, rows in ((7.5, False, 8), (1.0, False, 4), (7.5, True, 4)):
+        pairs = PairsSection(guidance_scale=scale, batch_size=4, rows_per_block=8)
+        plan = sampling_memory(SIZES, pairs, passes, distilled=distilled)
+        assert plan.parts["passes"] == pytest.approx(1.05 * PASS.frozen_of(rows), rel=1e-6)
     assert checkpoint_bytes(SIZES, section()) == 24 * SIZES.denoiser
     lora = section(trainable="lora", ema_halflife_samples=10)
     assert checkpoint_bytes(SIZES, lora) == 12 * SIZES.denoiser + 16 * SIZES.adapters

@@ -72,6 +72,7 @@ class _Loop(_DmdRun):
             without_gain=3,
             advance=lambda: SimpleNamespace(results=()),
         )
+        self.preemption = SimpleNamespace(calls=lambda step: False)
         self.progress = Progress(**state["progress"]) if state else Progress()
         self.finished, self.ended_early = bool(state) and is_finished(state, section), None
         self.saved: dict[str, Any] = {}
@@ -91,7 +92,7 @@ class _Loop(_DmdRun):
     def _measure(self, *given: Any) -> dict[str, float]:
         return {}
 
-    _ails = _is_preempted = lambda self, given: False
+    _ails = lambda self, given: False
     _log = _show_samples = lambda self, *given: None
 
 

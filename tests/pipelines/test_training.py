@@ -73,7 +73,7 @@ def train(pairs, tiny_teacher_dir, tmp_path, ray_cluster):
         }  # fmt: skip
         run_worker_group(
             train_loop, config, store=store, num_workers=workers, cpus_per_worker=1,
-            use_gpu=False, max_failures=0,
+            use_gpu=False, max_failures=0, stored=lambda: None,
         )  # fmt: skip
         return store
 

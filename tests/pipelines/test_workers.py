@@ -3,9 +3,11 @@
 import os
 import signal
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+from ray.train import WorkerGroupError
 
 from pipelines import fence as module
 from pipelines import workers as pool
@@ -84,3 +86,41 @@ def test_workers_are_counted_by_machine_however_many_nodes_it_plays(monkeypatch)
     ]
     monkeypatch.setattr(pool.ray, "nodes", lambda: nodes)
     assert [pool.workers_per_machine(count) for count in (1, 2, 3, 8)] == [1, 1, 2, 4]
+
+
+class _Trainer:
+    """Of Ray Train: stores what it is told and fails as often as it is told."""
+
+    def __init__(self, loop, *, run_config, **_):
+        self.steps, self.runs = loop
+        self.runs.append(run_config.name)
+
+    def fit(self):
+        stored = self.steps.pop(0)
+        if stored is not None:
+            raise WorkerGroupError(f"a worker died at {stored}", {})
+
+
+@pytest.mark.parametrize(
+    ("steps", "starts"), [([None], 1), ([500, 900, None], 3), ([500, 500, None], 2)]
+)
+def test_failures_are_counted_anew_where_more_is_stored(tmp_path, monkeypatch, steps, starts):
+    """A run of weeks loses more machines than `max_failures`; what fails at one place ends."""
+    monkeypatch.setattr(pool, "TorchTrainer", _Trainer)
+    left, runs = list(steps), []
+
+    def stored():  # after so many starts
+        return [step for step in steps[: len(runs)] if step]
+
+    ends = starts == len(steps)
+    with nullcontext() if ends else pytest.raises(WorkerGroupError, match="died at 500"):
+        pool.run_worker_group(
+            (left, runs), {}, store=open_store(str(tmp_path)), num_workers=1, cpus_per_worker=1,
+            use_gpu=False, max_failures=0, stored=lambda: max(stored(), default=0),
+        )  # fmt: skip
+    assert len(runs) == len(set(runs)) == starts
+
+
+def test_a_worker_that_sees_another_folder_says_so(taken, tmp_path):
+    assert Fence(taken, 1).is_seen() and Fence(taken, 2).is_seen()
+    assert not Fence(open_store(str(tmp_path / "elsewhere")), 2).is_seen()

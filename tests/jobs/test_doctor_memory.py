@@ -1,0 +1,69 @@
+"""The doctor's look at memory: what it says where there is nothing here to compare with."""
+
+import pytest
+import torch
+
+from dmd_core.pass_memory import PassMemory, UnknownNetworkError
+from jobs import doctor_teacher
+from jobs.doctor_checks import Check
+from jobs.doctor_teacher import TeacherChecks
+from jobs.session import open_session
+
+MIB = 2**20
+ALL = "24 GB, 40 GB, 80 GB, 141 GB"
+
+
+@pytest.fixture(autouse=True)
+def passes(monkeypatch):
+    """Passes of 1 and 8 samples, without playing a network through."""
+    memory = PassMemory((MIB, 8 * MIB), (MIB, 8 * MIB), (MIB, 8 * MIB))
+    monkeypatch.setattr(doctor_teacher, "pass_memory", lambda *_, **__: memory)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def memory(folder: str, *settings: str) -> dict[str, Check]:
+    chosen = [f"teacher.path={folder}", "pairs.prompts=shipped:demo", *settings]
+    with open_session("tiny", chosen, quiet=True) as session:
+        return {check.name: check for check in TeacherChecks(session, session.teacher_dir).memory()}
+
+
+def test_without_a_gpu_the_sum_is_held_against_usual_ones(tiny_teacher_dir):
+    asked = ["pairs.gpus_per_actor=0.5", "train.use_gpu=true"]
+    checks = memory(tiny_teacher_dir, *asked)
+    teachers, training = (checks[f"memory: {name} here"] for name in ("teachers", "training"))
+    assert teachers.status == training.status == "skip"
+    assert teachers.found == f"2 × 1.02 GiB: fits a GPU of {ALL}; no GPU here to compare with"
+    assert training.found.startswith("1 × ") and f"fits a GPU of {ALL}" in training.found
+
+    # Guidance doubles the rows, of 1 MiB each.
+    many = ["pairs.batch_size=8000", "pairs.rows_per_block=8000"]
+    found = memory(tiny_teacher_dir, *asked, *many)["memory: teachers here"].found
+    assert "fits a GPU of 40 GB, 80 GB, 141 GB;" in found
+    many = ["pairs.batch_size=80000", "pairs.rows_per_block=80000"]
+    teachers = memory(tiny_teacher_dir, *asked, *many)["memory: teachers here"]
+    assert teachers.status == "warn" and teachers.advice and f"fits none of {ALL}" in teachers.found
+
+
+@pytest.mark.parametrize(("name", "told"), [("flux", True), ("sd", False)])
+def test_a_network_that_is_told_the_guidance_makes_no_second_pass(families, name, told):
+    many = ["pairs.batch_size=1000", "pairs.rows_per_block=1000", "train.train_batch_size=1000"]
+    once, guided = (
+        memory(
+            families.folder(name),
+            *(f"{section}.guidance_scale={scale}" for section in ("pairs", "train")),
+            *many,
+        )
+        for scale in (1, 3)
+    )
+    for what in ("memory: training", "memory: teachers here"):
+        assert (once[what].found == guided[what].found) == told
+
+
+def test_a_network_that_cannot_be_played_through_ends_no_other_check(tiny_teacher_dir, monkeypatch):
+    def never(*_, **__):
+        raise UnknownNetworkError("UNet2DConditionModel does not run: an operator asks for values")
+
+    monkeypatch.setattr(doctor_teacher, "pass_memory", never)
+    checks = memory(tiny_teacher_dir, "pairs.gpus_per_actor=1")
+    for what in ("memory: training", "memory: teachers here"):
+        assert "comes on top (UNet2DConditionModel does not run" in checks[what].found
