@@ -9,6 +9,7 @@ from rich.filesize import decimal
 
 from jobs.errors import Exit, JobError
 from jobs.inspect_show import (
+    COST_NOTE,
     fingerprint_lines,
     generations_table,
     lease_line,
@@ -149,6 +150,7 @@ def _overview(session: Session, root: Store) -> dict[str, Any]:
                 say(line)
     if facts.generations:
         console.print(generations_table(facts.generations))
+        say(COST_NOTE)
     say(lease_line(facts.lease))
     for pin in facts.pins:
         numbers = ", ".join(map(str, pin.versions))

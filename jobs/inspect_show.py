@@ -12,6 +12,10 @@ from pipelines.inspection_facts import GenerationFacts, Overview, VersionFacts
 _DIGEST_CHARACTERS = 16
 _REASONS = 5
 _MADE_WITH = ("torch", "diffusers")
+COST_NOTE = (
+    "teacher-s: seconds that teachers computed; GPU-s: those on GPUs, times the GPUs of a teacher; "
+    "loading and waiting are in neither"
+)
 
 
 def versions_table(facts: Overview) -> Table:
@@ -76,8 +80,9 @@ def version_lines(version: VersionFacts) -> Iterator[str]:
 
 
 def generations_table(generations: Sequence[GenerationFacts]) -> Table:
-    numbers = ("rows written", "rejected", "files", "size", "runs", "GPU-s", "busy s", "run s")
-    table = _table("generations", "folder", *numbers)
+    """What each holds, and its cost so far; `COST_NOTE` says what the columns mean."""
+    numbers = ("rows written", "rejected", "files", "size", "runs", "GPU-s", "teacher-s", "run s")
+    table = _table("generations, and their cost so far", "folder", *numbers)
     for item in generations:
         name = item.folder.rsplit("/", 1)[-1]
         cells = [name, f"{item.ledger_rows:,}", f"{item.rejected:,}", f"{item.files:,}"]

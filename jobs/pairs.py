@@ -3,11 +3,12 @@
 import _thread
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any
 
-from dmd_core.families import check_guidance
 from dmd_core.teacher import teacher_revision
 from jobs.errors import Exit, JobError
+from jobs.pair_checks import check_sampling
 from jobs.placement import DATA_CPUS, check_room, pairs_demand
 from jobs.plans import with_space
 from jobs.session import Session
@@ -23,6 +24,8 @@ from pipelines.costs import (
 )
 from pipelines.factory import Changes, Outcome, PairOrder, fill_order, order_changes
 from pipelines.pairs import fingerprint_of
+from pipelines.run_record import Cost
+from pipelines.seal import NoUsablePairError
 from pipelines.storage import check_writable
 
 _OWN_SIZE = (None, None)  # of rows that name none: the recipe's
@@ -94,14 +97,18 @@ def fill(session: Session, purpose: str, *, keep: int | None = None) -> Outcome:
     def say_changes(changes: Changes) -> None:
         session.display.say(f"{purpose}: {changes_in_words(changes)}")
 
-    outcome = fill_order(
-        pair_order(session),
-        watch,
-        purpose=f"dmd {purpose}",
-        keep=keep,
-        on_changes=say_changes,
-        on_lost=_thread.interrupt_main,
-    )
+    try:
+        outcome = fill_order(
+            pair_order(session),
+            watch,
+            purpose=f"dmd {purpose}",
+            keep=keep,
+            on_changes=say_changes,
+            on_lost=_thread.interrupt_main,
+        )
+    except NoUsablePairError as error:
+        counts = {"root": session.pairs_root.url, "rows": 0, "rejected": error.rejected}
+        raise JobError(str(error), Exit.REJECTS, result=counts) from error
     told = "" if outcome.made else "nothing to do, "
     session.display.done(f"{purpose}: {told}{_describe(outcome, session)}")
     check_rejects(
@@ -116,7 +123,7 @@ def fill(session: Session, purpose: str, *, keep: int | None = None) -> Outcome:
 def pair_order(session: Session) -> PairOrder:
     """What the recipe asks for; the teacher is checked and its files are hashed."""
     section = session.recipe.pairs
-    check_guidance(session.teacher_dir, {"pairs.guidance_scale": section.guidance_scale})
+    check_sampling(session)
     return PairOrder(
         section=section,
         source=pair_source(section),
@@ -140,6 +147,8 @@ def changes_in_words(changes: Changes) -> str:
         parts.append(f"rows +{changes.added} −{changes.removed}")
     if changes.settings is None:
         parts.append("no version yet")
+    if changes.lost:
+        parts.append(f"files of the newest version that are gone: {changes.lost}")
     parts.append(f"{changes.to_make} of {changes.rows} rows to make")
     return "; ".join(parts)
 
@@ -170,6 +179,7 @@ def summary(outcome: Outcome, session: Session) -> dict[str, Any]:
         "rejected": manifest.rejected,
         "generated": outcome.made,
         "cost": outcome.cost,
+        "cost_so_far": asdict(outcome.cost_so_far),
     }
     if collected is not None:
         found |= {"collected_versions": collected.versions, "collected_files": collected.files}
@@ -177,10 +187,10 @@ def summary(outcome: Outcome, session: Session) -> dict[str, Any]:
 
 
 class _Cost:
-    """What is shown beside the rate: rejects, and what the run has cost so far."""
+    """What is shown beside the rate: rejects, and what the generation has cost so far."""
 
     def __init__(self, section: PairsSection) -> None:
-        self._gpus, self._cpus = section.gpus_per_actor, section.cpus_per_actor
+        self._gpus = section.gpus_per_actor
 
     def __call__(self, fields: dict[str, Any]) -> str:
         busy = fields.get("busy_s", 0.0)
@@ -188,27 +198,35 @@ class _Cost:
         if fields.get("rejected"):
             shown.append(f"{fields['rejected']} rejected")
         if busy:
-            shown.append(cost_in_words(busy, self._gpus))
+            gpu_s = fields.get("earlier_gpu_s", 0.0) + busy * self._gpus
+            cpu_s = fields.get("earlier_cpu_s", 0.0) + (0.0 if self._gpus else busy)
+            shown.append(f"{cost_in_words(gpu_s, cpu_s)} so far")
         return "  ".join(shown)
 
 
-def cost_in_words(busy_s: float, gpus_per_actor: float) -> str:
-    """Seconds that teachers worked, in GPU-seconds where they had GPUs."""
-    if gpus_per_actor:
-        return f"{busy_s * gpus_per_actor:.0f} GPU-s"
-    return f"{busy_s:.0f} teacher-s, no GPU"
+def cost_in_words(gpu_s: float, cpu_s: float) -> str:
+    """Seconds that teachers computed: on GPUs, times their GPUs, and without (see `Cost`)."""
+    parts = [f"{_seconds(gpu_s)} GPU-s"] if gpu_s else []
+    if cpu_s or not gpu_s:
+        parts.append(f"{_seconds(cpu_s)} teacher-s without a GPU")
+    return " and ".join(parts)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"
 
 
 def _describe(outcome: Outcome, session: Session) -> str:
-    manifest, gpus = outcome.manifest, session.recipe.pairs.gpus_per_actor
+    manifest, total = outcome.manifest, outcome.cost_so_far
     parts = [f"{manifest.rows} pairs"]
     if manifest.rejected:
         parts.append(f"{manifest.rejected} rejected")
     text = ", ".join(parts) + f" in {session.pairs_root.url} (version {manifest.version})"
     if outcome.cost:
-        spent = cost_in_words(outcome.cost["busy_s"], gpus)
+        now = Cost.of([outcome.cost])
         made = outcome.cost["rows"] - outcome.cost["rejected"]
-        text += f"; {made} made now for {spent}"
+        text += f"; {made} made now for {cost_in_words(now.gpu_s, now.cpu_s)}"
+    text += f"; cost so far {cost_in_words(total.gpu_s, total.cpu_s)}"
     if outcome.collected is not None and outcome.collected.files:
         versions = len(outcome.collected.versions)
         text += f"; collected {versions} old versions, {outcome.collected.files} files"

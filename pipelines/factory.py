@@ -6,7 +6,7 @@ Whatever a kill leaves behind is whole or ignored, and the same call again goes 
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +17,14 @@ from pipelines.collect import Collected, collect_garbage, needs_collecting
 from pipelines.config import PairsSection, StorageSection
 from pipelines.landed import landed_ids_of, table_ids
 from pipelines.lease import Lease, hold_lease
-from pipelines.ledger import drop_unfinished, finished_ids, forget_lost_files, settle_ledger
-from pipelines.manifest import find_sealed, latest_manifest, void_next_number
+from pipelines.ledger import (
+    drop_unfinished,
+    finished_ids,
+    forget_lost_files,
+    lost_entries,
+    settle_ledger,
+)
+from pipelines.manifest import find_sealed, latest_manifest, latest_of, void_next_number
 from pipelines.manifest_model import Manifest
 from pipelines.pairs import Fingerprint, library_versions
 from pipelines.prompts import (
@@ -29,11 +35,12 @@ from pipelines.prompts import (
     land_prompts,
     prepare_prompts,
 )
-from pipelines.run_record import RunRecord
-from pipelines.seal import data_keys, seal_generation
+from pipelines.run_record import Cost, RunRecord, generation_cost
+from pipelines.seal import SealError, data_keys, seal_generation
 from pipelines.storage import Store, open_store
 from pipelines.stored_rows import version_ids
 from pipelines.version_diff import changed_fields
+from pipelines.version_files import data_folder, file_faults, file_name, list_sizes
 
 # With nothing to make, so many files are sealed in this process; more of them on the cluster.
 _SEALED_HERE = 512
@@ -59,13 +66,14 @@ class Changes:
     """What is asked for now. `settings` (name → then and now) and `added` and `removed` rows are
     against the newest version, or None and 0 if there is none; `to_make` of the `rows` are not
     stored yet, `sizes` says how many of which (height, width) in pixels, (None, None) for rows of
-    the recipe's size."""
+    the recipe's size; `lost` files of the generation's newest version are gone."""
 
     settings: dict[str, tuple[Any, Any]] | None
     added: int
     removed: int
     rows: int
     sizes: dict[tuple[int | None, int | None], int]
+    lost: int = 0
 
     @property
     def to_make(self) -> int:
@@ -75,10 +83,11 @@ class Changes:
 @dataclass(frozen=True)
 class Outcome:
     """`made`: something was done. `cost`: what the teachers did in this run (see `RunRecord`),
-    empty if they did nothing."""
+    empty if they did nothing; `cost_so_far`: in all runs of the generation."""
 
     manifest: Manifest
     made: bool
+    cost_so_far: Cost
     cost: dict[str, Any] = field(default_factory=dict)
     collected: Collected | None = None
 
@@ -95,15 +104,17 @@ def fill_order(
     """Make what is missing and seal it; with `keep`, collect what no kept version needs.
 
     Nothing is started and no lease is taken when there is nothing to do. `on_changes` is told what
-    is new before work starts. Raises `LeaseHeldError` while another writer is at it.
+    is new before work starts. Raises `LeaseHeldError` while another writer is at it, and
+    `SealError` for a file of the newest version that has another size; one that is gone is made
+    anew.
     """
     section, root, fingerprint = order.section, order.root, order.fingerprint
     with tempfile.TemporaryDirectory(prefix="dmd-prompts-") as folder:
         landing = _Landing(order, folder)
         sealed = find_sealed(root, fingerprint.digest, landing.digest)
-        if sealed is not None and landing.is_there:
+        if sealed is not None and landing.is_there and not _lost_files(root, sealed):
             if keep is None or not needs_collecting(root, keep):
-                return Outcome(sealed, made=False)
+                return Outcome(sealed, False, generation_cost(root, fingerprint.folder))
         record = RunRecord(root, fingerprint.folder, gpus_per_actor=section.gpus_per_actor)
         with hold_lease(
             root,
@@ -113,12 +124,13 @@ def fill_order(
             on_lost=on_lost,
             void_next=void_next_number,
         ) as lease:
+            lost = _lost_files(root, latest_of(root, fingerprint.digest))
             manifest = find_sealed(root, fingerprint.digest, landing.digest)
             prompts = landing.publish()
-            if manifest is None:
+            if manifest is None or lost:
                 settle_ledger(root, fingerprint.folder)
-                forget_lost_files(root, fingerprint.folder)
-                changes = find_changes(order, root, prompts)
+                forget_lost_files(root, fingerprint.folder, lost)
+                changes = find_changes(order, root, prompts, lost=len(lost))
                 on_changes(changes)
                 if changes.to_make or len(data_keys(root, fingerprint)) > _SEALED_HERE:
                     manifest = _make(order, prompts, changes.to_make, lease, record, watch)
@@ -130,7 +142,25 @@ def fill_order(
             if keep is not None:
                 record.phase = "collecting"
                 garbage = collect_garbage(root, lease, keep=keep)
-    return Outcome(manifest, True, record.spent, garbage)
+    so_far = generation_cost(root, fingerprint.folder, record.spent)
+    return Outcome(manifest, True, so_far, record.spent, garbage)
+
+
+def _lost_files(root: Store, manifest: Manifest | None) -> tuple[str, ...]:
+    """Names of the version's data files that are gone, by one listing.
+
+    Raises `SealError` for one that has another size: while it lies there, its rows count as stored.
+    """
+    if manifest is None:
+        return ()
+    faults = file_faults(manifest, list_sizes(root, data_folder(manifest)))
+    for file, size in faults.resized:
+        raise SealError(
+            f"{root.path(file.key)} is not what version {manifest.version} was sealed with "
+            f"({size} bytes, not {file.bytes}); move it away and run again, and its rows will be "
+            "made anew"
+        )
+    return tuple(map(file_name, faults.missing))
 
 
 class _Landing:
@@ -185,12 +215,22 @@ def order_changes(order: PairOrder) -> Changes:
     with tempfile.TemporaryDirectory(prefix="dmd-prompts-") as folder:
         local, numbers = open_store(folder), _numbers(order.section)
         prompts = land_prompts(order.source, order.storage, local, **numbers)
-        return find_changes(order, local, prompts)
+        lost = _lost_files(order.root, latest_of(order.root, order.fingerprint.digest))
+        forgotten = lost_entries(order.root, order.fingerprint.folder, lost)
+        return find_changes(order, local, prompts, lost=len(lost), without=forgotten)
 
 
-def find_changes(order: PairOrder, store: Store, prompts: LandedPrompts) -> Changes:
-    """What the `prompts` that are landed in `store` and the order's fingerprint change."""
-    stored = np.unique(finished_ids(order.root, order.fingerprint.folder))
+def find_changes(
+    order: PairOrder,
+    store: Store,
+    prompts: LandedPrompts,
+    *,
+    lost: int = 0,
+    without: Collection[str] = (),
+) -> Changes:
+    """What the `prompts` that are landed in `store` and the order's fingerprint change. Rows of the
+    ledger's entries `without` do not count as stored; `lost`: see `Changes`."""
+    stored = np.unique(finished_ids(order.root, order.fingerprint.folder, without=without))
     parts = [table_ids(store, file.path) for file in prompts.files]
     sizes = {
         (file.height, file.width): len(np.setdiff1d(part, stored, assume_unique=True))
@@ -199,13 +239,13 @@ def find_changes(order: PairOrder, store: Store, prompts: LandedPrompts) -> Chan
     asked = np.concatenate(parts)
     newest = latest_manifest(order.root)
     if newest is None:
-        return Changes(None, 0, 0, len(asked), sizes)
+        return Changes(None, 0, 0, len(asked), sizes, lost)
     settings = changed_fields(newest.fingerprint, order.fingerprint.as_dict())
     then = landed_ids_of(order.root, newest)
     if then is None:  # the table was removed by hand
         then = version_ids(order.root, newest)
     added, removed = np.setdiff1d(asked, then), np.setdiff1d(then, asked)
-    return Changes(settings, len(added), len(removed), len(asked), sizes)
+    return Changes(settings, len(added), len(removed), len(asked), sizes, lost)
 
 
 def _make(
@@ -222,7 +262,9 @@ def _make(
         from pipelines.teacher_actor import TeacherTask
 
         stored = prompts.rows - missing
-        board.set.remote(done=stored, stored=stored)
+        before = generation_cost(order.root, order.fingerprint.folder)
+        earlier = {"earlier_gpu_s": before.gpu_s, "earlier_cpu_s": before.cpu_s}
+        board.set.remote(done=stored, stored=stored, **earlier)
         record.begin(lease.fence, prompts.rows, stored, board)
 
         def on_phase(phase: str) -> None:

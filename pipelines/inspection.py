@@ -1,13 +1,14 @@
 """What a pair data set holds: versions, generations, who writes, who reads, what is missing.
 
-Only manifests, listings and footers are read here, no rows. What is damaged is reported with its
-name beside what is not, and never ends the look.
+Only manifests, listings, footers and ids are read here, no pairs. What is damaged is reported with
+its name beside what is not, and never ends the look.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,11 +29,15 @@ from pipelines.manifest import (
 )
 from pipelines.manifest_model import Manifest, generation_folder
 from pipelines.rejects import RejectFileError, read_rejects
+from pipelines.run_record import Cost
 from pipelines.storage import Store, no_answer
+from pipelines.version_files import data_folder, file_faults, list_sizes
 
 _GENERATION = re.compile(r"[0-9a-f]{16}")
 _READERS = 16  # footers and small files: the store's response time counts
 _NAMED_FILES = 10
+
+Found = TypeVar("Found")
 
 
 def inspect_dataset(root: Store, *, version: int | None = None) -> Overview:
@@ -54,7 +59,7 @@ def inspect_dataset(root: Store, *, version: int | None = None) -> Overview:
         folders = [generation_folder(manifests[0].fingerprint_digest)]
     rejects = {folder: _rejects(root, folder, problems) for folder in folders}
     for manifest in tuple(manifests):
-        found = file_problems(root, manifest, listings)
+        found = _file_problems(root, manifest, listings)
         if found and not _stands(root, manifest, asked=version is not None):
             manifests.remove(manifest)  # collected while this looked
         else:
@@ -80,15 +85,9 @@ class _Listings:
         self._known: dict[str, dict[str, int]] = {}
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """name → bytes of the files right in `folder` (relative); none if it is not there."""
+        """See `list_sizes`."""
         if folder not in self._known:
-            try:
-                entries = self._root.fs.ls(self._root.path(folder), detail=True)
-            except FileNotFoundError:
-                entries = []
-            self._known[folder] = {
-                _name(entry): entry["size"] for entry in entries if entry["type"] == "file"
-            }
+            self._known[folder] = list_sizes(self._root, folder)
         return self._known[folder]
 
     def generations(self) -> list[str]:
@@ -96,11 +95,8 @@ class _Listings:
             entries = self._root.fs.ls(self._root.path("generations"), detail=True)
         except FileNotFoundError:
             return []
-        return [f"generations/{n}" for n in sorted(map(_name, entries)) if _GENERATION.fullmatch(n)]
-
-
-def _name(entry: dict[str, Any]) -> str:
-    return entry["name"].rstrip("/").rsplit("/", 1)[-1]
+        names = sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+        return [f"generations/{name}" for name in names if _GENERATION.fullmatch(name)]
 
 
 # ---------------------------------------------------------------- versions
@@ -129,21 +125,16 @@ def _stands(root: Store, manifest: Manifest, *, asked: bool) -> bool:
     return True
 
 
-def file_problems(root: Store, manifest: Manifest, listings: _Listings | None = None) -> list[str]:
+def _file_problems(root: Store, manifest: Manifest, listings: _Listings) -> list[str]:
     """Files of the version that are missing or have another size, by listing alone."""
-    sizes = (listings or _Listings(root)).sizes(
-        f"{generation_folder(manifest.fingerprint_digest)}/data"
-    )
-    found = []
-    for file in manifest.files:
-        size = sizes.get(file.key.rsplit("/", 1)[-1])
-        if size is None:
-            found.append(f"{root.path(file.key)}: missing, but version {manifest.version} names it")
-        elif size != file.bytes:
-            found.append(
-                f"{root.path(file.key)}: {size} bytes, "
-                f"but version {manifest.version} says {file.bytes}"
-            )
+    faults, number = file_faults(manifest, listings.sizes(data_folder(manifest))), manifest.version
+    found = [
+        f"{root.path(file.key)}: missing, but version {number} names it" for file in faults.missing
+    ]
+    found += [
+        f"{root.path(file.key)}: {size} bytes, but version {number} says {file.bytes}"
+        for file, size in faults.resized
+    ]
     if len(found) > _NAMED_FILES:
         more = len(found) - _NAMED_FILES
         found[_NAMED_FILES:] = [f"version {manifest.version}: {more} more files like these"]
@@ -203,17 +194,18 @@ def _generation(
 ) -> GenerationFacts:
     data = listings.sizes(f"{folder}/data")
     ledger = [name for name in listings.sizes(f"{folder}/ledger") if _is_entry(name)]
-    runs = _runs(root, folder, listings, problems)
+    if rejects:  # which of them were written since?
+        ids = _look(root, f"{folder}/ledger", ledger, problems, _pair_ids)
+        rows, rejected = sum(map(len, ids)), len(set(rejects).difference(*ids))
+    else:
+        rows, rejected = _footer_rows(root, f"{folder}/ledger", ledger, problems), 0
     return GenerationFacts(
         folder=folder,
-        ledger_rows=_footer_rows(root, f"{folder}/ledger", ledger, problems),
+        ledger_rows=rows,
         files=len(data),
         bytes=sum(data.values()),
-        rejected=len(rejects),
-        runs=len(runs),
-        gpu_s=_total(runs, "gpu_s"),
-        busy_s=_total(runs, "busy_s"),
-        seconds=_total(runs, "seconds"),
+        rejected=rejected,
+        **asdict(Cost.of(_runs(root, folder, listings, problems))),
     )
 
 
@@ -223,21 +215,36 @@ def _is_entry(name: str) -> bool:
 
 def _footer_rows(root: Store, folder: str, names: list[str], problems: list[str]) -> int:
     """Rows of the tables together, without those that cannot be read."""
+    return sum(_look(root, folder, names, problems, lambda file: file.metadata.num_rows))
 
-    def rows(name: str) -> int:
+
+def _pair_ids(file: pq.ParquetFile) -> list[int]:
+    return file.read(columns=["pair_id"])["pair_id"].to_pylist()
+
+
+def _look(
+    root: Store,
+    folder: str,
+    names: list[str],
+    problems: list[str],
+    look: Callable[[pq.ParquetFile], Found],
+) -> list[Found]:
+    """What `look` finds in each of the tables, without those that cannot be read."""
+
+    def read(name: str) -> list[Found]:
         path = root.path(folder, name)
         try:
             with root.fs.open(path, "rb") as stream:
-                return pq.ParquetFile(stream).metadata.num_rows
+                return [look(pq.ParquetFile(stream))]
         except FileNotFoundError:
-            return 0  # collected since it was listed
-        except (pa.ArrowException, OSError) as error:
+            return []  # collected since it was listed
+        except (pa.ArrowException, KeyError, OSError) as error:
             if no_answer(error):
                 raise  # not damage
             problems.append(f"{path}: cannot be read: {error}")
-            return 0
+            return []
 
-    return sum(map_bounded(rows, names, _READERS))
+    return [found for part in map_bounded(read, names, _READERS) for found in part]
 
 
 def _runs(
@@ -254,10 +261,6 @@ def _runs(
         if content is not None:
             found.append(content)
     return found
-
-
-def _total(runs: Iterable[dict[str, Any]], name: str) -> float:
-    return float(sum(run.get(name) or 0 for run in runs))
 
 
 # ---------------------------------------------------------------- people

@@ -34,8 +34,10 @@ class VersionFacts:
 @dataclass(frozen=True)
 class GenerationFacts:
     """A folder of rows made alike. `ledger_rows`: written rows, those of dead writers too.
+    `rejected`: rows that a run rejected and none has written since.
 
-    Cost, over all of its runs: `gpu_s` of devices held, `busy_s` of workers at work, `seconds`.
+    Cost so far, over all of its `runs`: `gpu_s`, `cpu_s`, `busy_s` and `seconds` as in
+    `run_record.Cost`.
     """
 
     folder: str
@@ -45,6 +47,7 @@ class GenerationFacts:
     rejected: int
     runs: int
     gpu_s: float
+    cpu_s: float
     busy_s: float
     seconds: float
 

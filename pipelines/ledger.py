@@ -6,7 +6,7 @@ only saves work; what a version holds is decided when it is sealed.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -36,9 +36,9 @@ def fence_of(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def finished_ids(root: Store, generation: str) -> np.ndarray:
-    """The ids in all entries that are not pending, int64."""
-    names = _entries(root, generation)
+def finished_ids(root: Store, generation: str, *, without: Collection[str] = ()) -> np.ndarray:
+    """The ids in all entries that are not pending, int64; `without` those of these names."""
+    names = [name for name in _entries(root, generation) if name not in without]
     paths = [root.path(generation, "ledger", name) for name in names if not _is_pending(name)]
     with ThreadPoolExecutor(max_workers=_READERS) as pool:
         found = list(pool.map(lambda path: _ids(root, path), paths))
@@ -69,20 +69,24 @@ def drop_unfinished(root: Store, generation: str) -> None:
         delete_if_there(root, root.path(generation, "ledger", name))
 
 
-def forget_lost_files(root: Store, generation: str) -> list[str]:
-    """Remove entries whose data file is gone, so that their rows are made again.
-
-    Returns the names of the removed entries.
-    """
+def lost_entries(root: Store, generation: str, lost: Collection[str] = ()) -> list[str]:
+    """Names of the entries whose data file is gone. `lost`: names of data files known to be gone,
+    though others of the same write may still be there."""
     present = {data_base(name) for name in list_files(root, root.path(generation, "data"))}
-    lost = [
+    present -= set(map(data_base, lost))
+    return [
         name
         for name in _entries(root, generation)
         if not _is_pending(name) and ledger_base(name) not in present
     ]
-    for name in lost:
+
+
+def forget_lost_files(root: Store, generation: str, lost: Collection[str] = ()) -> list[str]:
+    """Remove the `lost_entries`, so that their rows are made again; returns their names."""
+    names = lost_entries(root, generation, lost)
+    for name in names:
         delete_if_there(root, root.path(generation, "ledger", name))
-    return lost
+    return names
 
 
 def _entries(root: Store, generation: str) -> Iterable[str]:

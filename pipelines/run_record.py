@@ -3,18 +3,81 @@
 import contextlib
 import json
 import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dmd_core.files import store_errors, write_atomic
+from pipelines.bounded import map_bounded
+from pipelines.commits import StoreError, list_files, read_json
 from pipelines.storage import Store
+
+_READERS = 16  # small files: the store's response time counts, not its bandwidth
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What `runs` of one generation took together, each up to its last beat.
+
+    `busy_s`: seconds that teachers computed, added up over all teachers. `gpu_s`: those on GPUs,
+    times the GPUs that a teacher had (`gpus_per_actor`). The compiling of a first batch
+    (`pairs.compile`) is in both; loading, starting and waiting are in neither. `cpu_s`: those of
+    `busy_s` without a GPU. `seconds`: from start to end of the runs.
+    """
+
+    runs: int = 0
+    gpu_s: float = 0.0
+    cpu_s: float = 0.0
+    busy_s: float = 0.0
+    seconds: float = 0.0
+
+    @staticmethod
+    def of(records: Iterable[Mapping[str, Any]]) -> "Cost":
+        """The sum over run records; what an older one does not say counts nothing."""
+        found = list(records)
+        return Cost(
+            runs=len(found),
+            gpu_s=_sum(found, "gpu_s"),
+            cpu_s=_sum((record for record in found if not record.get("gpu_s")), "busy_s"),
+            busy_s=_sum(found, "busy_s"),
+            seconds=_sum(found, "seconds"),
+        )
+
+
+def _sum(records: Iterable[Mapping[str, Any]], name: str) -> float:
+    return round(float(sum(record.get(name) or 0 for record in records)), 2)
+
+
+def generation_cost(root: Store, generation: str, now: Mapping[str, Any] | None = None) -> Cost:
+    """The cost so far of the folder `generation`. `now`: the record of a run as its writer knows
+    it, newer than what may be stored of it.
+
+    A record that cannot be read counts nothing: `dmd inspect` names it.
+    """
+    now = now or {}
+    own = _record_name(now["fence"]) if now else ""
+    folder = root.path(generation, "runs")
+    paths = [f"{folder}/{name}" for name in list_files(root, folder) if name != own]
+    stored = map_bounded(lambda path: _readable(root, path), paths, _READERS)
+    return Cost.of([*filter(None, stored), *([now] if now else ())])
+
+
+def _readable(root: Store, path: str) -> dict[str, Any] | None:
+    with contextlib.suppress(StoreError):
+        return read_json(root, path)
+    return None
+
+
+def _record_name(fence: int) -> str:
+    return f"{fence:06d}.json"
 
 
 class RunRecord:
     """`generations/<fingerprint>/runs/<fence>.json`, rewritten with every beat of the lease.
 
     `rows` were handled by a teacher in this run, `rejected` of them without a usable pair: as the
-    workers count while it runs, as the sealed version says at its end. `busy_s` adds up over all
-    teachers; `gpu_s` is that in GPU-seconds. `seconds` is the time of the run.
+    workers count while it runs, as the sealed version says at its end. `busy_s`, `gpu_s` and
+    `seconds`: see `Cost`.
     """
 
     def __init__(self, root: Store, generation: str, *, gpus_per_actor: float) -> None:
@@ -59,7 +122,7 @@ class RunRecord:
             "busy_s": round(fields.get("busy_s", 0.0), 2),
             "gpu_s": round(fields.get("busy_s", 0.0) * self._gpus, 2),
         }
-        path = self._root.path(self._generation, "runs", f"{self._fence:06d}.json")
+        path = self._root.path(self._generation, "runs", _record_name(self._fence))
         write_atomic(self._root.fs, path, json.dumps(self.spent).encode())
         return {"phase": self.phase, "rows": f"{done} of {self._total}"}
 

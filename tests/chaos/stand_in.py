@@ -43,15 +43,21 @@ def regenerate(
 
     `fenced`: file names begin with the fence, as they really do; else they follow from the ids.
     """
-    section = PairsSection(lease_seconds=lease_seconds, samples_per_prompt=SAMPLES)
-    source = PromptSource((prompts,))
-    order = PairOrder(section, source, "nowhere", fingerprint, StorageSection(), root)
+    order = order_of(root, prompts, fingerprint, lease_seconds=lease_seconds)
     with (
         patch.object(generate, "_write_missing_rows", partial(write_missing_rows, fenced=fenced)),
         patch.object(generate, "_map_on_cluster", map_in_threads),
         patch("pipelines.run_record.RunRecord._read", lambda record: (0, {})),
     ):
         return fill_order(order, _no_board, purpose="a test", keep=1)
+
+
+def order_of(
+    root: Store, prompts: str, fingerprint: Fingerprint, *, lease_seconds: float = 60
+) -> PairOrder:
+    section = PairsSection(lease_seconds=lease_seconds, samples_per_prompt=SAMPLES)
+    source = PromptSource((prompts,))
+    return PairOrder(section, source, "nowhere", fingerprint, StorageSection(), root)
 
 
 @contextmanager

@@ -275,6 +275,9 @@ def test_ledger_entries_without_their_data_are_forgotten(tmp_path):
     assert forget_lost_files(root, FINGERPRINT.folder) == ["set_write_000002.parquet"]
     left = sorted(path.name for path in ledger.iterdir())
     assert left == sorted(f"{n}.parquet" for n in names if n != "set_write_000002")
+    # One of a write's two files is known to be gone.
+    lost = ["set_write_000001-1.parquet"]
+    assert forget_lost_files(root, FINGERPRINT.folder, lost) == ["set_write_000001.parquet"]
 
 
 def test_a_renaming_that_was_cut_in_half_is_finished(tmp_path):

@@ -94,6 +94,9 @@ def test_the_overview_says_what_is_there(request, kind):
     assert (generation.gpu_s, generation.busy_s, generation.seconds) == (3.5, 7.0, 18.0)
     assert generation.bytes == last.bytes
     json.dumps(facts.as_dict())
+    write_file(root, "c-0.parquet", [10, 99])  # two of the rejected rows, in a later run
+    (generation,) = inspect_dataset(root).generations
+    assert (generation.ledger_rows, generation.rejected) == (13, 2)
 
 
 def test_one_version_is_shown_alone(root):
