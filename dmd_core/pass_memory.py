@@ -24,6 +24,9 @@ _MANY = 8  # samples of the second of two passes, between which the numbers are 
 _TEXT_TOKENS = {"SD3Transformer2DModel": 333, "FluxTransformer2DModel": 512}
 _TEXT_TOKENS |= {"PixArtTransformer2DModel": 300}
 _DRIVEN = ("UNet2DModel", "UNet2DConditionModel", *_TEXT_TOKENS)
+# Where a network cannot run without values: an operator that asks for one or is not known (torch's
+# errors for it are RuntimeErrors), a tensor made outside of the mode, a call with other arguments.
+_UNPLAYABLE = (RuntimeError, AssertionError, TypeError)
 
 
 class UnknownNetworkError(ValueError):
@@ -64,12 +67,31 @@ def pass_memory(
 ) -> PassMemory:
     """Of a diffusers network of this class and configuration, on samples of `shape` (C,h,w).
 
-    Raises `UnknownNetworkError` for one that this version does not drive.
+    Raises `UnknownNetworkError` for one that this version does not drive, or that does not run on
+    tensors without values.
     """
     cls = getattr(diffusers, class_name, None)
     if cls is None or class_name not in _DRIVEN:
         raise UnknownNetworkError(f"{class_name} is not a network this version drives")
     tokens = _TEXT_TOKENS.get(class_name, text_tokens)
+    try:
+        return _played(cls, config, shape, tokens, bf16=bf16, checkpointing=checkpointing)
+    except _UNPLAYABLE as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UnknownNetworkError(
+            f"{class_name} does not run on tensors without values: {reason}"
+        ) from error
+
+
+def _played(
+    cls: Any,
+    config: Mapping[str, Any],
+    shape: tuple[int, ...],
+    tokens: int,
+    *,
+    bf16: bool,
+    checkpointing: bool,
+) -> PassMemory:
     with FakeTensorMode():
         model: Any = cls.from_config(dict(config)).eval()  # as `DmdNetworks` trains it
         if checkpointing:
@@ -77,7 +99,7 @@ def pass_memory(
         network = DiffusersNetwork(model)
 
         def run(samples: int) -> torch.Tensor:
-            cond = _condition(class_name, config, tokens).expand(samples)
+            cond = _condition(cls.__name__, model.config, tokens).expand(samples)
             x, t = torch.empty(samples, *shape), torch.zeros(samples, dtype=torch.long)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
                 return network(x, t, cond)

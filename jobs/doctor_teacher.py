@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import torch
 
+from dmd_core.families import guidance_distilled
 from dmd_core.latents import geometry
 from dmd_core.pass_memory import PassMemory, UnknownNetworkError, pass_memory
 from dmd_core.prediction_check import UNTRAINED, check_prediction, has_readings
@@ -71,6 +72,8 @@ class TeacherChecks:
         self._weights = pipeline_weights(folder)
         self._denoiser: Weights = denoiser_of(self._weights)
         self._passes: Passes = cache(self._play_through)
+        self._unplayed = ""  # why what passes hold is not known
+        self._distilled = guidance_distilled(folder)
 
     @property
     def checkpoint_space(self) -> int:
@@ -86,7 +89,9 @@ class TeacherChecks:
         """Training and teachers against usual GPUs, those of this machine, or its RAM."""
         recipe = self._session.recipe
         plan = self._training(recipe.train)
-        sampling = sampling_memory(self._sizes(recipe.train), recipe.pairs, self._passes)
+        sampling = sampling_memory(
+            self._sizes(recipe.train), recipe.pairs, self._passes, distilled=self._distilled
+        )
         return [
             self._training_check(plan),
             self._here(
@@ -101,11 +106,11 @@ class TeacherChecks:
     def _training_check(self, plan: MemoryPlan) -> Check:
         """One line: which GPUs it fits as it is, and with which changes the others."""
         section = self._session.recipe.train
-        fits = [name for name, gib in GPUS.items() if plan.fits(gib)]
-        found = f"about {size_in_words(plan.total)} per worker ({_largest(plan)}): fits "
-        found += f"a GPU of {', '.join(fits)}" if fits else "none of " + ", ".join(GPUS)
-        if not plan.complete:
-            found += "; what passes hold is not known for this network and comes on top"
+        fits = _fitting(plan)
+        found = (
+            f"about {size_in_words(plan.total)} per worker ({_largest(plan)}): {_in_words(fits)}"
+        )
+        found += self._missing(plan)
         advice = []
         for name, gib in GPUS.items():
             if name not in fits:
@@ -119,7 +124,7 @@ class TeacherChecks:
     ) -> Check:
         """`per_gpu` processes share a GPU; without GPUs all of them share the RAM."""
         if on_gpu and not torch.cuda.is_available():
-            return Check(name, "skip", "no GPU here to compare with")
+            return self._elsewhere(name, plan, per_gpu)
         if on_gpu:
             room, count = torch.cuda.get_device_properties(0).total_memory, per_gpu
         else:
@@ -130,8 +135,25 @@ class TeacherChecks:
             return Check(name, "ok", found)
         return Check(name, "fail", found, "fewer or smaller workers; see memory: training")
 
+    def _elsewhere(self, name: str, plan: MemoryPlan, per_gpu: int) -> Check:
+        """Without a GPU here: the sum of those that share one, and which of the usual ones have
+        room for it."""
+        fits = _fitting(plan, per_gpu)
+        found = f"{per_gpu} × {size_in_words(plan.total)}: {_in_words(fits)}{self._missing(plan)}"
+        found += "; no GPU here to compare with"
+        if fits:
+            return Check(name, "skip", found)
+        return Check(name, "warn", found, "fewer or smaller workers on a GPU")
+
+    def _missing(self, plan: MemoryPlan) -> str:
+        if plan.complete:
+            return ""
+        return f"; what passes hold is not known and comes on top ({self._unplayed})"
+
     def _training(self, section: TrainSection) -> MemoryPlan:
-        return training_memory(self._sizes(section), section, self._passes)
+        return training_memory(
+            self._sizes(section), section, self._passes, distilled=self._distilled
+        )
 
     def _sizes(self, section: TrainSection) -> NetworkSizes:
         return NetworkSizes.of(self._weights, self._denoiser, section)
@@ -143,7 +165,8 @@ class TeacherChecks:
                 config["_class_name"], config, self._shape(config),
                 bf16=bf16, checkpointing=checkpointing,
             )  # fmt: skip
-        except UnknownNetworkError:
+        except UnknownNetworkError as error:
+            self._unplayed = one_line(error)[:200]
             return None
 
     def _shape(self, config: dict[str, Any]) -> tuple[int, ...]:
@@ -172,6 +195,9 @@ class TeacherChecks:
                 found = f"{size / 1e6:.0f} M parameters and no GPU: minutes of work"
                 return Check(name, "skip", found, "--deep asks the network all the same")
             return self._asked(name, "cuda" if on_gpu else "cpu")
+        except (PromptError, IndexError, OSError) as error:  # a prompt that the teacher cannot read
+            advice = "correct pairs.prompts, or teacher.path"
+            return Check(name, "fail", one_line(error), advice)
         except ValueError as error:  # TeacherError is one
             return Check(name, "fail", one_line(error), "correct teacher.path")
         except torch.OutOfMemoryError as error:
@@ -197,7 +223,10 @@ class TeacherChecks:
         section = self._session.recipe.pairs
         files = list_files(pair_source(section), self._session.recipe.storage)
         rows = (row for file in files for row in read_rows(file, section.prompt_column))
-        return [row.prompt for row in islice(rows, 8)]
+        some = [row.prompt for row in islice(rows, 8)]
+        if not some:
+            raise PromptError(f"{', '.join(file.name for file in files[:3])}: no prompts")
+        return some
 
 
 def teacher_checks(session: Session, *, deep: bool) -> tuple[list[Check], int]:
@@ -210,6 +239,15 @@ def teacher_checks(session: Session, *, deep: bool) -> tuple[list[Check], int]:
     index = json.loads((Path(folder) / "model_index.json").read_text())
     found = [Check("teacher", "ok", f"{index['_class_name']} in {folder}, every part is there")]
     return [*found, *checks.memory(), checks.label(deep=deep)], checks.checkpoint_space
+
+
+def _fitting(plan: MemoryPlan, count: int = 1) -> list[str]:
+    """The usual GPUs that `count` of such processes fit at once."""
+    return [name for name, gib in GPUS.items() if plan.fits(gib / count)]
+
+
+def _in_words(fits: Sequence[str]) -> str:
+    return f"fits a GPU of {', '.join(fits)}" if fits else f"fits none of {', '.join(GPUS)}"
 
 
 def _largest(plan: MemoryPlan, count: int = 4) -> str:

@@ -89,8 +89,11 @@ class Change:
 # ---------------------------------------------------------------- training
 
 
-def training_memory(sizes: NetworkSizes, section: TrainSection, passes: Passes) -> MemoryPlan:
-    """Of one worker of the smallest group that the recipe allows."""
+def training_memory(
+    sizes: NetworkSizes, section: TrainSection, passes: Passes, *, distilled: bool = False
+) -> MemoryPlan:
+    """Of one worker of the smallest group that the recipe allows. `distilled`: guidance is an input
+    of the teacher's network, not a second pass."""
     workers, parallel = _workers(section), section.parallel
     trained = sizes.adapters if section.trainable == "lora" else sizes.denoiser
     student = _sharing(parallel.generator, workers)
@@ -114,7 +117,8 @@ def training_memory(sizes: NetworkSizes, section: TrainSection, passes: Passes) 
     memory = passes(section.mixed_precision == "bf16", parallel.gradient_checkpointing)
     if memory is not None:
         busiest = max(
-            _stage_passes(sizes, section, keys, memory, workers) for _, keys in section.plan()
+            _stage_passes(sizes, section, keys, memory, workers, distilled)
+            for _, keys in section.plan()
         )
         parts["gradients and passes"] = busiest * (1 + _WASTE)
     return MemoryPlan({name: round(size) for name, size in parts.items()}, memory is not None)
@@ -140,6 +144,7 @@ def _stage_passes(
     keys: StageKeys,
     memory: PassMemory,
     workers: int,
+    distilled: bool,
 ) -> float:
     """The larger of the generator's update and the fake score's; gradients are in it."""
     fresh, paired = samples_at_once(section, keys)
@@ -151,7 +156,7 @@ def _stage_passes(
 
     held = memory.held_by(fresh + paired)
     cast = _BF16 * sizes.denoiser if section.mixed_precision == "bf16" else 0
-    scores = max(memory.frozen_of(2 * scored), memory.frozen_of(scored) + cast)
+    scores = _scoring(keys, memory, scored, cast, distilled)
     judged = memory.held_by(fresh) if judging else 0.0
     # Of a pass's peak, the gradients of a whole network in float32 are a part.
     elsewhere = _FLOAT * (sizes.denoiser - trained / student)
@@ -159,6 +164,18 @@ def _stage_passes(
     seen = scored + (3 if keys.r1_weight else 2) * fresh * judging
     elsewhere = _FLOAT * sizes.denoiser * (1 - 1 / fake)
     return max(generator, memory.held_by(seen), memory.peak_of(seen) - elsewhere)
+
+
+def _scoring(
+    keys: StageKeys, memory: PassMemory, samples: float, cast: float, distilled: bool
+) -> float:
+    """Of the real score, then the fake one, both without gradient; the former looks twice where
+    `GuidedDenoiser` does. `cast`: weights that are also in bfloat16, of the one that is trained."""
+    if not keys.dm_weight:
+        return 0.0
+    once = distilled or keys.guidance_scale == 1
+    real = memory.frozen_of(samples if once else 2 * samples)
+    return max(real, memory.frozen_of(samples) + cast)
 
 
 def _teacher(sizes: NetworkSizes, section: TrainSection, workers: int) -> float:
@@ -239,8 +256,10 @@ def _yaml(value: Any) -> str:
 # ---------------------------------------------------------------- sampling, checkpoints
 
 
-def sampling_memory(sizes: NetworkSizes, section: PairsSection, passes: Passes) -> MemoryPlan:
-    """Of one teacher of `dmd pairs`."""
+def sampling_memory(
+    sizes: NetworkSizes, section: PairsSection, passes: Passes, *, distilled: bool = False
+) -> MemoryPlan:
+    """Of one teacher of `dmd pairs`; `distilled` as in `training_memory`."""
     parts = {
         "teacher": float(_FLOAT * sizes.denoiser),
         "text encoders, VAE": float(_FLOAT * sizes.others),
@@ -248,7 +267,8 @@ def sampling_memory(sizes: NetworkSizes, section: PairsSection, passes: Passes) 
     }
     memory = passes(section.compute_dtype == "bfloat16", False)
     if memory is not None:
-        rows = section.batch_size * (2 if section.guidance_scale > 1 else 1)
+        twice = section.guidance_scale > 1 and not distilled  # as `integrate` does
+        rows = section.batch_size * (2 if twice else 1)
         parts["passes"] = memory.frozen_of(rows) * (1 + _WASTE)
     return MemoryPlan({name: round(size) for name, size in parts.items()}, memory is not None)
 
