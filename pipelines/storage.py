@@ -16,8 +16,11 @@ from fsspec.implementations.local import LocalFileSystem
 from dmd_core.files import is_local, join, store_errors
 from pipelines.config import NO_CREDENTIALS, StorageSection
 
-# Replies that say "not now" and that their HTTP status does not tell from a refusal.
-_NOT_NOW = ("RequestTimeout", "SlowDown", "Throttling", "OperationAborted")
+# Replies that say "not now", whatever their HTTP status.
+_NOT_NOW = (
+    "RequestTimeout", "SlowDown", "Throttling", "OperationAborted", "InternalError",
+    "ServiceUnavailable",
+)  # fmt: skip
 
 
 class StoreUrlError(ValueError):
@@ -94,19 +97,20 @@ def no_answer(error: BaseException | None) -> bool:
     return _is_transient(error) or no_answer(error.__cause__)
 
 
-def _is_transient(error: BaseException) -> bool:
-    if "botocore" not in sys.modules:
-        return False
+def is_not_now(code: str, status: int = 0) -> bool:
+    """Does a reply with this error code (or its HTTP status in place of one) say "not now"?"""
+    status = status or (int(code) if code.isdecimal() else 0)
+    return code in _NOT_NOW or status in (408, 429) or (status >= 500 and status != 501)
+
+
+def transient_errors() -> tuple[type[BaseException], ...]:
+    """What the client of a remote store raises when it gets no (whole) reply."""
     from aiohttp import ClientError as HttpError
     from botocore import exceptions as boto
     from botocore.parsers import ResponseParserError
     from fsspec.exceptions import FSTimeoutError
 
-    if isinstance(error, boto.ClientError):  # a reply; s3fs raises an OSError from it
-        code = error.response.get("Error", {}).get("Code")
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return code in _NOT_NOW or status in (408, 429) or (status >= 500 and status != 501)
-    on_the_way = (
+    return (
         boto.ConnectionError,
         boto.HTTPClientError,
         boto.IncompleteReadError,
@@ -115,7 +119,18 @@ def _is_transient(error: BaseException) -> bool:
         HttpError,
         FSTimeoutError,
     )
-    return isinstance(error, on_the_way)
+
+
+def _is_transient(error: BaseException) -> bool:
+    if "botocore" not in sys.modules:
+        return False
+    from botocore.exceptions import ClientError
+
+    if isinstance(error, ClientError):  # a reply; s3fs raises an OSError from it
+        code = error.response.get("Error", {}).get("Code", "")
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return is_not_now(str(code), status)
+    return isinstance(error, transient_errors())
 
 
 def check_writable(store: Store) -> None:
