@@ -14,12 +14,9 @@ from typing import Any, Literal
 import diffusers
 
 from dmd_core.latents import Geometry, geometry
+from dmd_core.teacher_files import INDEX, WEIGHTS, PartFiles, TeacherError
 
 CLASSES = "classes.json"  # names of a class-conditional model's labels, a JSON list
-
-
-class TeacherError(ValueError):
-    """A teacher folder that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +119,10 @@ def family_of(path: str | Path) -> Family:
 
 def read_index(path: str | Path) -> dict[str, Any]:
     """The content of a folder's model_index.json."""
-    index = Path(path) / "model_index.json"
+    index = Path(path) / INDEX
     if not index.is_file():
         raise TeacherError(
-            f"teacher {path} has no model_index.json; expected a diffusers pipeline folder "
+            f"teacher {path} has no {INDEX}; expected a diffusers pipeline folder "
             "(as written by save_pretrained)"
         )
     try:
@@ -179,15 +176,52 @@ def check_parts(path: str | Path, family: Family) -> None:
             raise TeacherError(f"teacher {path} has no folder {part}/; expected {_named(family)}")
     for part in present(path, family):
         weightless = part.startswith(("tokenizer", "scheduler")) or part == CLASSES
-        if not weightless and not any((folder / part).glob("*.safetensors")):
-            raise TeacherError(
-                f"teacher {path} has no {part}/*.safetensors (only safetensors are loaded)"
-            )
+        if not weightless:
+            _check_weights(folder, part)
     found = part_config(path, family.model).get("_class_name")
     if found not in family.networks:
         raise TeacherError(
             f"teacher {path} has a {found} in {family.model}/; expected "
             f"{' or '.join(family.networks)} in a {family.pipeline}"
+        )
+
+
+def _check_weights(folder: Path, part: str) -> None:
+    files = PartFiles.in_folder(folder / part)
+    try:
+        if files.weights():
+            return
+    except TeacherError as error:
+        raise TeacherError(f"teacher {folder}: {part}/{error}") from error
+    others = sorted(name for name in files.names if name.endswith(WEIGHTS))
+    if not others:
+        raise TeacherError(
+            f"teacher {folder} has no {part}/*{WEIGHTS} (only safetensors are loaded)"
+        )
+    raise TeacherError(
+        f"teacher {folder} has {part}/{others[0]}, which is not loaded by that name; expected "
+        f"diffusion_pytorch_model{WEIGHTS} or model{WEIGHTS}, or shards with their index "
+        f"(teacher.variant: fp16 is for *.fp16{WEIGHTS})"
+    )
+
+
+def check_labels(path: str | Path, family: Family) -> None:
+    """Raises `TeacherError` for a network on pixels that needs labels, where its pipeline gives it
+    none: plain diffusers could not sample its student."""
+    if not family.on_pixels:
+        return
+    config = part_config(path, family.model)
+    count, kind = config.get("num_class_embeds"), config.get("class_embed_type")
+    if count is None and kind is not None:
+        raise TeacherError(
+            f"teacher {path} has {family.model}/ with class_embed_type {kind} and no "
+            "num_class_embeds: no pipeline gives it labels; expected num_class_embeds"
+        )
+    if count is not None and not family.takes("class_labels"):
+        raise TeacherError(
+            f"teacher {path} is a {family.pipeline}, which gives its network no labels, and the "
+            f"network needs them (num_class_embeds {count}); save it as a ConsistencyModelPipeline "
+            "with the same network and scheduler"
         )
 
 

@@ -7,7 +7,7 @@ are taken: `families.py`.
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from dmd_core.diffusers_schedules import family as schedule_family
 from dmd_core.families import (
     CLASSES,
     Family,
-    TeacherError,
+    check_labels,
     check_parts,
     family_of,
     folder_geometry,
@@ -36,6 +36,7 @@ from dmd_core.latents import Geometry, decode_samples, encode_pictures
 from dmd_core.ode import integrate, make_scheduler, step_grid
 from dmd_core.prompt_encoding import PromptEncoder
 from dmd_core.schedule import Schedule
+from dmd_core.teacher_files import INDEX, PartFiles, TeacherError
 
 __all__ = [
     "Teacher", "TeacherError", "check_teacher", "folder_schedule", "folder_scheduler",
@@ -267,6 +268,7 @@ def check_teacher(path: str) -> None:
     """Fail at the door: is this a pipeline folder of a family we know, with every part in it?"""
     family = family_of(path)
     check_parts(path, family)
+    check_labels(path, family)
     class_names(path)
     scheduler = part_config(path, "scheduler")
     kind = schedule_family(scheduler.get("_class_name", ""), scheduler)
@@ -278,21 +280,21 @@ def check_teacher(path: str) -> None:
         )
 
 
-# Never read here, whatever else they lie beside: weights in other formats, code.
-_NOT_READ = {".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".py"}
-
-
 def teacher_revision(path: str) -> str:
-    """sha256 over names and contents of the files that make the teacher what it is."""
-    folder = Path(path)
-    digest = hashlib.sha256()
-    for part in ("model_index.json", *family_of(path).parts):
-        root = folder / part
-        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-        for file in files:
-            if file.suffix in _NOT_READ:
-                continue
-            with open(file, "rb") as stream:
-                content = hashlib.file_digest(stream, "sha256").hexdigest()
-            digest.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode())
+    """sha256 over names and contents of the files that make the teacher what it is: those that are
+    loaded, whatever else lies beside them."""
+    folder, digest = Path(path), hashlib.sha256()
+    for file in _read_of(folder):
+        with open(folder / file, "rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest.update(f"{file} {content}\n".encode())
     return digest.hexdigest()
+
+
+def _read_of(folder: Path) -> Iterator[str]:
+    yield INDEX
+    for part in family_of(folder).parts:
+        if (folder / part).is_file():  # names of classes
+            yield part
+        for name in PartFiles.in_folder(folder / part).loaded():
+            yield f"{part}/{name}"

@@ -20,8 +20,6 @@ from huggingface_hub.errors import (
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-TEXTS = ("*.json", "*.txt", "*.model")
-WEIGHTS = ".safetensors"
 # Its HTTP client's errors, and its own: a file that is nowhere to be had is an OSError.
 _FAILURES = (HTTPError, OSError)
 
@@ -52,14 +50,10 @@ def hub_file(hub_id: str, revision: str, name: str) -> Path:
         raise _in_words(error, hub_id, revision) from error
 
 
-def hub_folder(
-    hub_id: str, revision: str, wanted: Sequence[str], unwanted: Sequence[str] = ()
-) -> Path:
+def hub_folder(hub_id: str, revision: str, wanted: Sequence[str]) -> Path:
     """The folder of a model at a commit, with the files that match `wanted`. Raises `HubError`."""
     try:
-        folder = snapshot_download(
-            hub_id, revision=revision, allow_patterns=[*wanted], ignore_patterns=[*unwanted]
-        )
+        folder = snapshot_download(hub_id, revision=revision, allow_patterns=[*wanted])
     except _FAILURES as error:
         raise _in_words(error, hub_id, revision) from error
     return Path(folder)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dmd_core.files import is_local
 from pipelines.storage import Store
 
 LIBRARY = "one-step-dmd"
+Choose = Callable[[Sequence[str]], Iterable[str]]
 
 
 def made_once(kind: str, inputs: Any, make: Callable[[Path], None]) -> str:
@@ -40,10 +41,11 @@ def made_once(kind: str, inputs: Any, make: Callable[[Path], None]) -> str:
     return str(target)
 
 
-def nearby(store: Store) -> str:
+def nearby(store: Store, choose: Choose | None = None) -> str:
     """The local path of a folder or a file: itself, or this machine's copy of a remote one.
 
-    The copy belongs to what the store holds now, by sizes and ETags: when that changes, so does
+    `choose`: of a remote folder's files (relative names) those that are copied; None: all. The
+    copy belongs to what the store holds now, by their sizes and ETags: when that changes, so does
     the copy. Raises `FileNotFoundError`.
     """
     if is_local(store.fs):
@@ -63,8 +65,17 @@ def nearby(store: Store) -> str:
             "copies", [store.url, listing], lambda to: store.fs.get_file(store.root, str(to / name))
         )
         return str(Path(folder) / name)
+    if choose is None:
+        return made_once(
+            "copies",
+            [store.url, listing],
+            lambda to: store.fs.get(store.root + "/", str(to), recursive=True),
+        )
+    chosen = sorted(choose(list(listing)))
     return made_once(
         "copies",
-        [store.url, listing],
-        lambda to: store.fs.get(store.root + "/", str(to), recursive=True),
+        [store.url, {name: listing[name] for name in chosen}],
+        lambda to: store.fs.get(
+            [store.path(name) for name in chosen], [str(to / name) for name in chosen]
+        ),
     )

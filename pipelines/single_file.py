@@ -12,11 +12,9 @@ import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
-from dmd_core.families import TeacherError
-from pipelines.hub import TEXTS
+from dmd_core.teacher_files import INDEX, TEXTS, TeacherError
 from pipelines.local_folders import made_once
 
-_INDEX = "model_index.json"
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # What diffusers raises for a checkpoint and a configuration that do not belong together.
 _UNFIT = (
@@ -44,7 +42,7 @@ def _texts(config: Path) -> dict[str, str]:
 
 
 def _convert(checkpoint: Path, config: Path, target: Path) -> None:
-    kind = str(json.loads((config / _INDEX).read_text()).get("_class_name"))
+    kind = str(json.loads((config / INDEX).read_text()).get("_class_name"))
     load = getattr(getattr(diffusers, kind, None), "from_single_file", None)
     if load is None:
         raise TeacherError(

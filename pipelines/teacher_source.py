@@ -6,31 +6,23 @@ not depend on that: its revision is the digest of its files, wherever they came 
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
-from dmd_core.families import CLASSES, TeacherError
+from dmd_core.families import CLASSES
 from dmd_core.gallery import GALLERY_FILES
+from dmd_core.teacher_files import INDEX, TEXTS, WEIGHTS, PartFiles, TeacherError, plain_name
 from pipelines.config import StorageSection, TeacherSection
-from pipelines.hub import (
-    COMMIT,
-    TEXTS,
-    WEIGHTS,
-    how_to_pin,
-    hub_file,
-    hub_folder,
-    is_hub_id,
-    pinned,
-)
+from pipelines.hub import COMMIT, how_to_pin, hub_file, hub_folder, is_hub_id, pinned
 from pipelines.local_folders import made_once, nearby
 from pipelines.single_file import converted
-from pipelines.storage import open_store
+from pipelines.storage import Store, open_store
 
-_INDEX = "model_index.json"
 # What lies in a teacher's folder beside its parts: the index, names of labels, real pictures.
-_BESIDE = (_INDEX, CLASSES, *GALLERY_FILES)
+_BESIDE = (INDEX, CLASSES, *GALLERY_FILES)
 _SCHEME = "teacher:?"
 _PICKLED = (".ckpt", ".bin", ".pt", ".pth")
 # Not a part of what is distilled, and gigabytes.
@@ -96,12 +88,12 @@ def local_teacher(url: str, storage: StorageSection | None = None) -> str:
     machine has not done it yet. Raises `TeacherError` and `HubError`."""
     source = TeacherSource.from_url(url)
     if source.config:
-        checkpoint = Path(_existing(source.path, storage))
+        checkpoint = _existing(source.path, storage)
         return converted(checkpoint, _configuration(source, storage))
     if source.revision:
         folder = _downloaded(source)
     else:
-        folder = Path(_existing(source.path, storage))
+        folder = _existing(source.path, storage, partial(_read_of, variant=source.variant))
     return _in_plain_names(folder, source.variant) if source.variant else str(folder)
 
 
@@ -123,49 +115,124 @@ def _on_hub(section: TeacherSection) -> TeacherSource:
 
 def _downloaded(source: TeacherSource) -> Path:
     """The parts that `model_index.json` names, in the asked variant where a part has it."""
-    index = hub_file(source.path, source.revision, _INDEX)
-    parts = _parts(index)
-    texts = [*_BESIDE, *_of_parts(parts, TEXTS)]
-    folder = _fetch(source, texts, parts, source.variant)
-    plain = [part for part in parts if not any((folder / part).glob(f"*{WEIGHTS}"))]
-    return _fetch(source, texts, plain, "") if source.variant and plain else folder
+    index = hub_file(source.path, source.revision, INDEX)
+    parts = _parts(index.read_bytes(), index)
+    wanted = [*_BESIDE, *_of_parts(parts, TEXTS)]
+    # First the indexes among them, which say what the shards are called.
+    folder = hub_folder(source.path, source.revision, wanted)
+    wanted += _possible_weights(folder, parts, source.variant)
+    folder = hub_folder(source.path, source.revision, wanted)
+    if source.variant:
+        files = {part: PartFiles.in_folder(folder / part) for part in parts}
+        others = [part for part in parts if not files[part].weights(source.variant)]
+        wanted += _possible_weights(folder, others, "")
+        folder = hub_folder(source.path, source.revision, wanted)
+    return folder
 
 
-def _fetch(source: TeacherSource, texts: list[str], parts: list[str], variant: str) -> Path:
-    """`texts`, and the weights of `parts`: those of the variant, or those of none."""
-    weights = _of_parts(parts, [f"*{end}" for end in _ends(variant)])
-    unwanted = [] if variant else _of_parts(parts, [f"*.*{WEIGHTS}"])
-    return hub_folder(source.path, source.revision, [*texts, *weights], unwanted)
-
-
-def _ends(variant: str) -> list[str]:
-    """How names of weight files end, whole and in shards."""
-    return [f".{variant}{WEIGHTS}", f".{variant}-*{WEIGHTS}"] if variant else [WEIGHTS]
+def _possible_weights(folder: Path, parts: Iterable[str], variant: str) -> list[str]:
+    return [
+        f"{part}/{name}"
+        for part in parts
+        for name in PartFiles.in_folder(folder / part).possible_weights(variant)
+    ]
 
 
 def _of_parts(parts: Iterable[str], patterns: Iterable[str]) -> list[str]:
     return [f"{part}/{pattern}" for part in parts for pattern in patterns]
 
 
-def _parts(index: Path) -> list[str]:
-    """The parts of a pipeline that are folders of their own."""
+def _parts(index: bytes, where: object) -> list[str]:
+    """The parts of a pipeline that are folders of their own. `where`: its name, for the error."""
     try:
-        content = json.loads(index.read_text())
         return [
             name
-            for name, value in content.items()
+            for name, value in json.loads(index).items()
             if isinstance(value, list) and value[0] is not None and name not in _NOT_NEEDED
         ]
     except (ValueError, AttributeError, IndexError) as error:
-        raise TeacherError(f"{index} is not the index of a diffusers pipeline: {error}") from error
+        raise TeacherError(f"{where} is not the index of a diffusers pipeline: {error}") from error
 
 
 # ---------------------------------------------------------------------- folders
 
 
-def _existing(path: str, storage: StorageSection | None) -> str:
+@dataclass(frozen=True)
+class _Files:
+    """A pipeline folder, here or in a store: the relative `names` of its files."""
+
+    where: str
+    names: frozenset[str]
+    read: Callable[[str], bytes]
+
+    @staticmethod
+    def in_folder(folder: Path) -> "_Files":
+        found = [file for depth in ("*", "*/*") for file in folder.glob(depth) if file.is_file()]
+        names = frozenset(file.relative_to(folder).as_posix() for file in found)
+        return _Files(str(folder), names, lambda name: (folder / name).read_bytes())
+
+    @staticmethod
+    def in_store(store: Store, names: Iterable[str]) -> "_Files":
+        return _Files(store.url, frozenset(names), lambda name: store.fs.cat_file(store.path(name)))
+
+    def parts(self) -> dict[str, PartFiles]:
+        if INDEX not in self.names:
+            raise TeacherError(
+                f"teacher {self.where} has no {INDEX}; expected a diffusers pipeline folder (as "
+                "written by save_pretrained)"
+            )
+        names = _parts(self.read(INDEX), f"{self.where}/{INDEX}")
+        return {name: self._part(name) for name in names}
+
+    def _part(self, part: str) -> PartFiles:
+        inside = (
+            name.removeprefix(f"{part}/") for name in self.names if name.startswith(f"{part}/")
+        )
+        return PartFiles(
+            frozenset(name for name in inside if "/" not in name),
+            lambda name: self.read(f"{part}/{name}"),
+        )
+
+    def loaded(self, variant: str) -> dict[str, str]:
+        """What is read of it: name → what that is called in a folder without variants. A part
+        without the variant keeps its plain weights; `TeacherError` where none has it."""
+        files = {name: name for name in _BESIDE if name in self.names}
+        found = not variant
+        for part, inside in self.parts().items():
+            chosen = inside.weights(variant)
+            found = found or bool(chosen)
+            for name in inside.loaded(variant if chosen else ""):
+                # A shard keeps its name: the index, renamed, lists it.
+                plain = plain_name(name, variant) if name in chosen[:1] else name
+                files[f"{part}/{name}"] = f"{part}/{plain}"
+        if not found:
+            raise TeacherError(
+                f"teacher.variant is {variant}, but {self.where} has no *.{variant}{WEIGHTS}; "
+                "leave the key out to read the weights it has"
+            )
+        return files
+
+
+def _read_of(store: Store, names: Sequence[str], *, variant: str) -> Iterable[str]:
+    """Of the files of a teacher in a store those that are copied."""
+    return _Files.in_store(store, names).loaded(variant)
+
+
+def _texts_of(store: Store, names: Sequence[str]) -> Iterable[str]:
+    """The same of a folder that says how a single-file checkpoint is built."""
+    parts = _Files.in_store(store, names).parts()
+    return [INDEX, *(f"{part}/{name}" for part in parts for name in parts[part].texts())]
+
+
+def _existing(
+    path: str,
+    storage: StorageSection | None,
+    choose: Callable[[Store, Sequence[str]], Iterable[str]] | None = None,
+) -> Path:
+    """`choose`: of the files of a remote folder; None: all of them."""
+    store = open_store(path, storage)
     try:
-        return nearby(open_store(path, storage))
+        return Path(nearby(store, partial(choose, store) if choose else None))
     except FileNotFoundError as error:
         raise TeacherError(
             f"teacher {path} does not exist; expected a diffusers pipeline folder, an s3:// URL of "
@@ -178,7 +245,8 @@ def _in_plain_names(folder: Path, variant: str) -> str:
     """A folder of links to those files of `folder` that the variant has, under the names of none:
     what loads a pipeline need not know of variants, and its revision is that of the same weights
     saved without."""
-    links = _variant_links(folder, variant)
+    loaded = _Files.in_folder(folder).loaded(variant)
+    links = {plain: str((folder / name).resolve()) for name, plain in loaded.items()}
 
     def make(target: Path) -> None:
         for name, file in links.items():
@@ -186,31 +254,6 @@ def _in_plain_names(folder: Path, variant: str) -> str:
             (target / name).symlink_to(file)
 
     return made_once("variants", links, make)
-
-
-def _variant_links(folder: Path, variant: str) -> dict[str, str]:
-    """New relative name → absolute path. A part without the variant keeps its plain weights."""
-    links = {name: str((folder / name).resolve()) for name in _BESIDE if (folder / name).is_file()}
-    found = False
-    for part in _parts(folder / _INDEX):
-        files = [file for file in sorted((folder / part).glob("*")) if file.is_file()]
-        chosen = [file for end in _ends(variant) for file in (folder / part).glob(f"*{end}")]
-        found = found or bool(chosen)
-        for file in files:
-            if chosen and file.suffix == WEIGHTS and file not in chosen:
-                continue
-            # A shard keeps its name: the index, renamed, lists it.
-            name = file.name.replace(f".{variant}{WEIGHTS}", WEIGHTS)
-            name = name.replace(f".index.{variant}.json", ".index.json")
-            if chosen and file.name == name and file.name.endswith(".index.json"):
-                continue
-            links[(Path(part) / name).as_posix()] = str(file.resolve())
-    if not found:
-        raise TeacherError(
-            f"teacher.variant is {variant}, but {folder} has no *.{variant}{WEIGHTS}; leave the "
-            "key out to read the weights it has"
-        )
-    return links
 
 
 # ---------------------------------------------------------------------- single-file checkpoints
@@ -227,7 +270,7 @@ def _single_file(section: TeacherSection, storage: StorageSection | None) -> Tea
         raise TeacherError(
             f"teacher.path {section.path} is a single-file checkpoint, which does not say how its "
             "networks are built; give teacher.single_file_config: a pipeline folder of the model "
-            f"it was tuned from ({_INDEX}, each part's configuration, tokenizers; no weights "
+            f"it was tuned from ({INDEX}, each part's configuration, tokenizers; no weights "
             "needed), or its id in a hub as org/name@<commit>"
         )
     if is_hub_id(config.partition("@")[0]):
@@ -239,7 +282,8 @@ def _single_file(section: TeacherSection, storage: StorageSection | None) -> Tea
 
 def _configuration(source: TeacherSource, storage: StorageSection | None) -> Path:
     if not is_hub_id(source.config.partition("@")[0]):
-        return Path(_existing(source.config, storage))
+        return _existing(source.config, storage, _texts_of)
     hub_id, commit = pinned(source.config)
-    parts = _parts(hub_file(hub_id, commit, _INDEX))
-    return hub_folder(hub_id, commit, [_INDEX, *_of_parts(parts, TEXTS)])
+    index = hub_file(hub_id, commit, INDEX)
+    parts = _parts(index.read_bytes(), index)
+    return hub_folder(hub_id, commit, [INDEX, *_of_parts(parts, TEXTS)])

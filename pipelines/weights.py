@@ -7,8 +7,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-# What diffusers and transformers call the file of a network that is not cut.
-_WHOLE = ("diffusion_pytorch_model", "model")
+from dmd_core.teacher_files import WEIGHTS, PartFiles, TeacherError
+
 DENOISERS = ("unet", "transformer")
 
 
@@ -34,7 +34,7 @@ class Weights:
         return sum(rank * (shape[0] + prod(shape[1:])) for shape in layers)
 
 
-def pipeline_weights(folder: str, variant: str | None = None) -> list[Weights]:
+def pipeline_weights(folder: str) -> list[Weights]:
     """Every network of a pipeline folder that has weights; raises `WeightsError`."""
     try:
         index = json.loads((Path(folder) / "model_index.json").read_text())
@@ -43,7 +43,7 @@ def pipeline_weights(folder: str, variant: str | None = None) -> list[Weights]:
     parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[0]]
     found = []
     for part in parts:
-        files = _files(Path(folder) / part, variant)
+        files = _files(Path(folder) / part)
         if files:
             found.append(Weights(part, _shapes(files)))
     return found
@@ -57,21 +57,13 @@ def denoiser_of(weights: list[Weights]) -> Weights:
     raise WeightsError(f"none of {', '.join(DENOISERS)} has weights in the teacher's folder")
 
 
-def _files(folder: Path, variant: str | None) -> list[Path]:
-    """Those that are loaded: of the variant, whole or cut."""
-    middle = f".{variant}" if variant else ""
-    for stem in _WHOLE:
-        for index in (
-            folder / f"{stem}.safetensors.index{middle}.json",
-            folder / f"{stem}{middle}.safetensors.index.json",
-        ):
-            if index.is_file():
-                names = set(json.loads(index.read_text())["weight_map"].values())
-                return sorted(folder / name for name in names)
-        whole = folder / f"{stem}{middle}.safetensors"
-        if whole.is_file():
-            return [whole]
-    return sorted(folder.glob("*.safetensors"))
+def _files(folder: Path) -> list[Path]:
+    """Those that are loaded, whole or cut."""
+    try:
+        names = PartFiles.in_folder(folder).weights()
+    except TeacherError as error:
+        raise WeightsError(f"{folder}/{error}") from error
+    return [folder / name for name in names if name.endswith(WEIGHTS)]
 
 
 def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:

@@ -148,6 +148,28 @@ def test_a_variant_is_read_under_plain_names(served, published, tmp_path, tiny_t
     load_teacher(folder)
 
 
+def test_a_variant_that_is_fetched_later_changes_no_revision(served, tiny_teacher_dir):
+    folder = local_teacher(PINNED)
+    local_teacher(TeacherSource(ID, COMMIT, "fp16").url)
+    assert list(Path(folder).rglob("*.fp16.safetensors"))
+    assert teacher_revision(folder) == teacher_revision(tiny_teacher_dir)
+
+
+@pytest.mark.parametrize("variant", ["", "fp16"])
+def test_shards_are_fetched_by_their_index(served, published, variant, tiny_teacher_dir):
+    (published / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    (published / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_teacher_dir)
+    for kind in (None, "fp16"):
+        pipeline.unet.save_pretrained(published / "unet", variant=kind, max_shard_size="20KB")
+    seen = load_teacher(local_teacher(TeacherSource(ID, COMMIT, variant).url)).pipeline.unet
+    torch.testing.assert_close(
+        dict(seen.named_parameters()), dict(pipeline.unet.named_parameters())
+    )
+    shards = [name for name in served if name.startswith("unet/") and name.endswith(".safetensors")]
+    assert len(shards) > 2 and all((".fp16-" in name) == bool(variant) for name in shards)
+
+
 def test_what_was_fetched_once_needs_no_network(served, monkeypatch):
     folder, given = local_teacher(PINNED), list(served)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -228,6 +250,39 @@ def test_a_copy_from_s3_is_made_once_and_again_when_it_changes(s3_store, s3_opti
     assert Path(one).name == "config.json" and Path(one).read_text() == "2"
     with pytest.raises(TeacherError, match="does not exist; expected"):
         local_teacher(f"{s3_store.url}/nothing", s3_options)
+
+
+@pytest.fixture
+def in_bucket(published, s3_store) -> str:
+    """The URL of the published teacher in a bucket."""
+    s3_store.fs.put(f"{published}/", s3_store.path("teacher"), recursive=True)
+    return s3_store.at("teacher").url
+
+
+def test_only_what_is_read_is_fetched_from_a_bucket(in_bucket, s3_options, tiny_teacher_dir, cache):
+    folder = local_teacher(in_bucket, s3_options)
+    assert files_of(folder) == files_of(tiny_teacher_dir)
+    assert teacher_revision(folder) == teacher_revision(tiny_teacher_dir)
+    view = local_teacher(TeacherSource(in_bucket, variant="fp16").url, s3_options)
+    assert files_of(view) == files_of(tiny_teacher_dir)
+    assert teacher_revision(view) != teacher_revision(tiny_teacher_dir)
+    fetched = [file for file in cache.rglob("*") if file.is_file() and not file.is_symlink()]
+    assert b"not to be fetched" not in {file.read_bytes() for file in fetched}
+    weights = [file.name for file in fetched if file.parent.name == "unet" and "fp16" in file.name]
+    assert weights == ["diffusion_pytorch_model.fp16.safetensors"]
+    with pytest.raises(TeacherError, match=r"has no \*\.bf16\.safetensors"):
+        local_teacher(TeacherSource(in_bucket, variant="bf16").url, s3_options)
+
+
+def test_what_is_put_beside_a_teacher_in_a_bucket_makes_no_new_copy(
+    in_bucket, s3_store, s3_options
+):
+    folder = local_teacher(in_bucket, s3_options)
+    s3_store.fs.pipe_file(s3_store.path("teacher", "unet", "openvino_model.xml"), b"x")
+    assert local_teacher(in_bucket, s3_options) == folder
+    s3_store.fs.rm_file(s3_store.path("teacher", "model_index.json"))
+    with pytest.raises(TeacherError, match=r"teacher s3://.* has no model_index\.json; expected"):
+        local_teacher(in_bucket, s3_options)
 
 
 def test_of_several_that_want_a_folder_one_makes_it():
@@ -331,6 +386,15 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(checkpoint, configuration, tm
     )
     with pytest.raises(TeacherError, match=r"half\.safetensors cannot be loaded as a Stable"):
         local_teacher(single(tmp_path / "half.safetensors", configuration))
+
+
+def test_a_configuration_in_a_bucket_is_fetched_without_weights(
+    in_bucket, checkpoint, s3_options, cache
+):
+    keys = {"path": str(checkpoint), "single_file_config": in_bucket}
+    check_teacher(local_teacher(teacher_source(TeacherSection(**keys)).url, s3_options))
+    (copies,) = cache.rglob("copies")
+    assert not list(copies.rglob("*.safetensors")) and list(copies.rglob("tokenizer.json"))
 
 
 def test_a_configuration_on_a_hub_is_fetched_without_weights(served, checkpoint):
