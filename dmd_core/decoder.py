@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+from dmd_core.families import family_of, folder_geometry
 from dmd_core.latents import from_latents
 from dmd_core.losses import Distance
 from dmd_core.teacher import Teacher, TeacherError
 
 # latents (B,C,h,w) → pixels (B,3,H,W) in about [−1, 1]
 Decode = Callable[[torch.Tensor], torch.Tensor]
+_CLASSES: dict[str, Any] = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
+_CHANNELS = 4  # of latents, where a configuration does not say
 
 
 def load_decoder(teacher: Teacher, source: str) -> Decode:
@@ -48,10 +51,19 @@ def decoded(distance: Distance, decode: Decode) -> Distance:
     return measure
 
 
-def check_decoder(source: str) -> None:
-    """Fail at the door: is this "vae", or a folder that `load_decoder` takes?"""
-    if source != "vae":
-        _decoder_class(source)
+def check_decoder(source: str, teacher: str | Path) -> None:
+    """Fail at the door: is this "vae", or a folder that `load_decoder` takes, of latents like those
+    of the folder `teacher`?"""
+    if source == "vae":
+        return
+    _decoder_class(source)
+    own = _config(source).get("latent_channels", _CHANNELS)
+    expected = folder_geometry(teacher).channels
+    if own != expected and not family_of(teacher).on_pixels:  # of those nothing is decoded
+        raise TeacherError(
+            f"decoder {source} decodes latents of {own} channels; expected {expected}, as those of "
+            f"teacher {teacher} have"
+        )
 
 
 def _load(source: str) -> Any:
@@ -61,14 +73,17 @@ def _load(source: str) -> Any:
 
 
 def _decoder_class(source: str) -> Any:
-    classes = {"AutoencoderTiny": AutoencoderTiny, "AutoencoderKL": AutoencoderKL}
-    config = Path(source) / "config.json"
-    if not config.is_file():
+    name = _config(source).get("_class_name")
+    if name not in _CLASSES:
+        raise TeacherError(f"decoder {source} is a {name}; expected {' or '.join(_CLASSES)}")
+    return _CLASSES[name]
+
+
+def _config(source: str) -> dict[str, Any]:
+    file = Path(source) / "config.json"
+    if not file.is_file():
         raise TeacherError(
             f"decoder {source} has no config.json; expected vae (the teacher's own, which needs no "
-            f"file), or a local folder with one of {', '.join(classes)}"
+            f"file), or a local folder with one of {', '.join(_CLASSES)}"
         )
-    name = json.loads(config.read_text()).get("_class_name")
-    if name not in classes:
-        raise TeacherError(f"decoder {source} is a {name}; expected {' or '.join(classes)}")
-    return classes[name]
+    return json.loads(file.read_text())

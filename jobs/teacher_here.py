@@ -81,7 +81,10 @@ class TeacherHere:
         section, teacher, taken = self._section, self.teacher, 0.0
         count = section.batch_size
         eps = sample_noise(range(count), self.shape()).to(teacher.device)
-        cond = teacher.encode_prompts([first_prompt(self._session)] * count)
+        try:
+            cond = teacher.encode_prompts([first_prompt(self._session)] * count)
+        except IndexError as error:  # of `dmd pairs` itself it would be one row's fault
+            raise PromptError(f"the first prompt of pairs.prompts: {error}") from error
         t = torch.full((count,), teacher.schedule.num_timesteps - 1, device=teacher.device)
         network = teacher.network(getattr(torch, section.compute_dtype))
         for _ in range(2):

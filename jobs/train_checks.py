@@ -56,7 +56,7 @@ def check_training(session: Session, pins: Pins) -> dict[str, str]:
     for _, keys in section.plan():
         if keys.needs_pairs and keys.regression_loss not in REGRESSION_LOSSES:
             load_perceptual(keys.regression_loss, trunk=section.perceptual_trunk or None)
-            check_decoder(keys.regression_decoder)
+            check_decoder(keys.regression_decoder, folder)
     _check_pairs(session, pins, folder)
     _check_adapters(section, folder, family)
     return PrecisionPolicy.named(section.mixed_precision).describe()

@@ -3,9 +3,9 @@
 Keys keep diffusers' names where the concept exists.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pipelines.config import NotNegative, Positive, Rate, Section
 
@@ -21,6 +21,16 @@ StageMetric = Literal[
     "sample_mean",
     "sample_std",
 ]
+
+
+def _guiding(scale: float) -> float:
+    """Pipelines take 0 for no guidance. Here it would be the score without a prompt."""
+    if not scale >= 1:
+        raise ValueError("expected 1 (no guidance) or more; 0 would be the score of no prompt")
+    return scale
+
+
+Guidance = Annotated[float, AfterValidator(_guiding)]
 
 
 class StageKeys(Section):
@@ -49,8 +59,8 @@ class StageKeys(Section):
     pairs_version: Positive | None = Field(
         default=None, description="sealed version; empty: the newest when the run starts"
     )
-    guidance_scale: float = Field(
-        default=7.5, ge=0, description="of the real score; standard scale"
+    guidance_scale: Guidance = Field(
+        default=7.5, description="of the real score; standard scale, 1: no guidance"
     )
     t_min_fraction: float = Field(default=0.02, ge=0, lt=1)
     t_max_fraction: float = Field(default=0.98, gt=0, le=1)
@@ -130,7 +140,7 @@ class StageSection(Section):
     regression_decoder: str | None = None
     pairs_in_dm: bool | None = None
     pairs_version: Positive | None = None
-    guidance_scale: float | None = Field(default=None, ge=0)
+    guidance_scale: Guidance | None = None
     t_min_fraction: float | None = Field(default=None, ge=0, lt=1)
     t_max_fraction: float | None = Field(default=None, gt=0, le=1)
     fake_updates: Positive | None = None

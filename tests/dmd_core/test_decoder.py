@@ -1,5 +1,7 @@
 """The regression loss on pixels: a gradient through the decoder, and none through the target."""
 
+import json
+
 import pytest
 import torch
 from diffusers import AutoencoderTiny
@@ -53,8 +55,17 @@ def test_a_tiny_decoder_folder(tiny_teacher_dir, tmp_path):
 
 
 def test_folders_that_are_no_decoder_are_refused(tiny_teacher_dir, tmp_path):
-    check_decoder("vae")
+    check_decoder("vae", tiny_teacher_dir)
     with pytest.raises(TeacherError, match=r"no config\.json"):
-        check_decoder(str(tmp_path))
+        check_decoder(str(tmp_path), tiny_teacher_dir)
     with pytest.raises(TeacherError, match="UNet2DConditionModel"):
-        check_decoder(f"{tiny_teacher_dir}/unet")
+        check_decoder(f"{tiny_teacher_dir}/unet", tiny_teacher_dir)
+
+
+def test_a_decoder_of_other_latents_is_refused(tiny_teacher_dir, families, tmp_path):
+    check_decoder(f"{tiny_teacher_dir}/vae", tiny_teacher_dir)
+    config = {"_class_name": "AutoencoderTiny", "latent_channels": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TeacherError, match="latents of 16 channels; expected 4"):
+        check_decoder(str(tmp_path), tiny_teacher_dir)
+    check_decoder(str(tmp_path), families.folder("unconditional"))  # its pixels are not decoded

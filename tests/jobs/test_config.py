@@ -63,6 +63,8 @@ def test_an_unknown_section_lists_the_sections(tmp_path):
         ("train: {dm_weight: 0, lambda_reg: 0}", "nothing to train"),
         ("train: {num_workers: 8, train_batch_size: 4}", "at least num_workers"),
         ("train: {learning_rate: -1}", "train.learning_rate"),
+        ("train: {guidance_scale: 0}", "train.guidance_scale: expected 1 (no guidance) or more"),
+        ("train: {stages: [{steps: 1, guidance_scale: 0.5}]}", "guidance_scale: expected 1 (no"),
         ("pairs: {solver: euler_ancestral}", "pairs.solver"),
         ("pairs: {batch_size: 10, rows_per_block: 64}", "multiple of"),
         ("pairs: {steps: fifty}", "'fifty'"),

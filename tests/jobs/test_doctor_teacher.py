@@ -10,8 +10,10 @@ import torch
 from dmd_core.teacher import folder_schedule
 from jobs import doctor_teacher
 from jobs.doctor_teacher import TeacherChecks, prompts
+from jobs.errors import Exit
 from jobs.session import open_session
 from jobs.teacher_here import first_prompt
+from tests.jobs.tiny_cli import run_tiny
 
 
 def _label(folder: str, *settings: str):
@@ -52,6 +54,30 @@ def test_a_scheduler_that_is_not_read_fails_its_check_alone(families, tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "odd"}))
     check = _label(str(folder))
     assert check.status == "fail" and "prediction_type 'odd'" in check.found
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("cat\nno class", "'no class' is not a class"), ("", "no prompts"), (None, "no such file")],
+)
+def test_prompts_that_a_teacher_cannot_read_fail_its_check(families, tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "prompts.txt").write_text(text)
+    check = _label(families.folder("ddpm"), f"pairs.prompts={tmp_path}/prompts.txt")
+    assert check.status == "fail" and said in check.found
+    assert "pairs.prompts" in check.advice
+
+
+def test_a_dry_run_refuses_a_prompt_that_a_teacher_cannot_read(families, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("no class\ncat")
+    base = {
+        "run.dir": tmp_path / "run", "teacher.path": families.folder("ddpm"),
+        "pairs.prompts": tmp_path / "prompts.txt", "pairs.solver": "ddim",
+        "pairs.guidance_scale": 1,
+    }  # fmt: skip
+    code, message = run_tiny("pairs", base, {}, capsys, words=["--dry-run"])
+    assert code == Exit.REFUSED, message
+    assert "pairs.prompts: prompt 'no class' is not a class of the teacher" in message
 
 
 def test_an_empty_first_file_is_passed_over(tiny_teacher_dir, tmp_path):

@@ -308,3 +308,12 @@ def test_a_run_folder_has_one_training_at_a_time(train, words):
     assert "is being written by process 7 on elsewhere: dmd train" in message
     assert not run.fs.exists(run.path("config.yaml"))  # the other one's would be overwritten
     assert not run.fs.exists(run.path("checkpoints"))
+
+
+def test_a_decoder_of_other_latents_than_the_teacher_s(train, monkeypatch):
+    monkeypatch.setattr("jobs.train_checks.load_perceptual", lambda *_, **__: None)
+    config = {"_class_name": "AutoencoderTiny", "latent_channels": 16}
+    (train.folder / "config.json").write_text(json.dumps(config))
+    settings = {"train__regression_loss": "st-lpips", "train__regression_decoder": train.folder}
+    code, message = train(**settings)
+    assert code == Exit.REFUSED and "latents of 16 channels; expected 4" in message, message
