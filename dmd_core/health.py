@@ -81,11 +81,12 @@ class Tally:
 
 
 def sample_health(result: GeneratorStep, tally: Tally) -> None:
-    """Mean and spread of the generated samples, each loss's gradient norm at the output, entries
-    that were not finite; all per sample."""
+    """Mean, spread and mean square of the generated samples, each loss's gradient norm at the
+    output, entries that were not finite; all per sample."""
     x = result.x
     tally.add_mean("sample_mean", x.mean(dim=(1, 2, 3)))
     tally.add_mean("sample_std", x.flatten(1).std(dim=1))
+    tally.add_mean("sample_mean_square", x.square().mean(dim=(1, 2, 3)))
     for name, norms in result.output_norms.items():
         tally.add_mean(f"grad_at_x_{name}", norms)
     tally.add("nonfinite_entries", result.non_finite, float(len(x)))

@@ -42,12 +42,16 @@ def derived(metrics: Mapping[str, Any], statistics: Mapping[str, float] | None) 
     """What the log adds where there are pairs: the samples against the teacher's latents.
 
     `statistics`: those of the pairs' manifest. `sample_mean_shift` is in standard deviations of the
-    latents. Empty for a line without samples, and for pairs whose statistics are not known.
+    latents. `sample_std_ratio` is of all entries of all samples, as the manifest's deviation is;
+    `sample_std`, the mean of each sample's own, is less where samples differ in brightness.
+    Empty for a line without samples, and for pairs whose statistics are not known.
     """
-    if not _comparable(statistics) or "sample_mean" not in metrics or "sample_std" not in metrics:
+    if not _comparable(statistics) or not {"sample_mean", "sample_mean_square"} <= metrics.keys():
         return {}
     assert statistics is not None
-    mean, std = _number(metrics["sample_mean"]), _number(metrics["sample_std"])
+    mean, square = _number(metrics["sample_mean"]), _number(metrics["sample_mean_square"])
+    variance = square - mean**2
+    std = math.sqrt(max(0.0, variance)) if math.isfinite(variance) else variance
     return {
         "sample_mean_shift": abs(mean - statistics["latent_mean"]) / statistics["latent_std"],
         "sample_std_ratio": std / statistics["latent_std"],

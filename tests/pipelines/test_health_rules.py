@@ -4,10 +4,14 @@ import json
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dmd_core.condition import Condition
+from dmd_core.health import Tally, sample_health
+from dmd_core.step_types import GeneratorStep
 from pipelines.health_record import (
     HealthEvent,
     HealthRecordError,
@@ -35,6 +39,16 @@ def _rule(metric: str = "sample_std", **changes) -> dict:
 
 def _section(*rules: dict, **keys) -> HealthSection:
     return HealthSection.model_validate({"warmup_steps": 0, "rules": rules, **keys})
+
+
+def _samples(mean: float, std: float) -> dict:
+    """A line's, of samples that are alike."""
+    return {
+        "sample_mean": mean,
+        "sample_std": std,
+        "sample_mean_square": mean**2 + std**2,
+        "nonfinite_entries": 0,
+    }
 
 
 def _looks(monitor: HealthMonitor, values: list, *, every: int = 10, metric: str = "sample_std"):
@@ -100,9 +114,8 @@ def test_default_rules_fit_runs_with_and_without_pairs():
 
 
 def test_default_rules_are_silent_on_healthy_samples_and_stop_at_a_constant_picture():
-    healthy = [{"sample_mean": 0.5 + 0.1 * math.sin(i), "sample_std": 1.8, "nonfinite_entries": 0}
-               for i in range(100)]  # fmt: skip
-    dead = {"sample_mean": 0.5, "sample_std": 0.0, "nonfinite_entries": 0}
+    healthy = [_samples(0.5 + 0.1 * math.sin(i), 1.8) for i in range(100)]
+    dead = _samples(0.5, 0.0)
     for statistics in (STATISTICS, None):
         monitor = HealthMonitor(HealthSection(), statistics)
         verdicts = [monitor.look(10 * i, line) for i, line in enumerate(healthy)]
@@ -116,12 +129,25 @@ def test_default_rules_are_silent_on_healthy_samples_and_stop_at_a_constant_pict
 
 
 def test_derived_metrics_compare_with_the_latents():
-    line = {"sample_mean": -2.5, "sample_std": 1.0}
+    line = _samples(-2.5, 1.0)
     assert derived(line, STATISTICS) == {"sample_mean_shift": 1.5, "sample_std_ratio": 0.5}
     assert derived(line, None) == derived({"loss_dm": 1.0}, STATISTICS) == {}
     assert derived(line, STATISTICS | {"latent_std": 0.0}) == {}
-    lost = derived({"sample_mean": None, "sample_std": 1.0}, STATISTICS)
-    assert math.isnan(lost["sample_mean_shift"]) and lost["sample_std_ratio"] == 0.5
+    lost = derived(line | {"sample_mean": None}, STATISTICS)
+    assert all(math.isnan(value) for value in lost.values())
+
+
+def test_the_spread_of_samples_is_taken_as_that_of_the_latents_is():
+    """Flat pictures of different brightness: each has no deviation, all together they have it."""
+    latents = torch.randn(8, 1, 1, 1, dtype=torch.float64).expand(8, 4, 6, 6)
+    tally = Tally()
+    none = torch.zeros(0)
+    step = GeneratorStep(none, none, none, latents, Condition(), {}, torch.tensor(0))
+    sample_health(step, tally)
+    mean, std = latents.mean(), latents.std(correction=0)
+    of_pairs = {"latent_mean": float(mean), "latent_std": float(std)}
+    assert tally.means()["sample_std"] == 0
+    assert derived(tally.means(), of_pairs)["sample_std_ratio"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3])
@@ -182,8 +208,8 @@ def test_the_gravest_rule_speaks_first_and_a_warning_once():
 
 def test_pair_metrics_are_derived_where_the_line_lacks_them():
     monitor = HealthMonitor(_section(_rule("sample_std_ratio")), STATISTICS)
-    assert monitor.look(10, {"sample_mean": 0.0, "sample_std": 1.1}) is None
-    verdict = monitor.look(20, {"sample_mean": 0.0, "sample_std": 0.9})
+    assert monitor.look(10, _samples(0.0, 1.1)) is None
+    verdict = monitor.look(20, _samples(0.0, 0.9))
     assert verdict is not None and verdict.value == pytest.approx(0.45)
 
 
@@ -210,11 +236,11 @@ def test_a_restored_monitor_goes_on_like_one_that_was_never_stopped(values, cut,
 
 def test_logged_values_are_replayed_whatever_the_statistics_are_now():
     section = _section(_rule("sample_std_ratio", windows=2))
-    line = {"sample_mean": 0.0, "sample_std": 0.9}
+    line = _samples(0.0, 0.9)
     logged = {"step": 10, **line, **derived(line, STATISTICS)}
     later = HealthMonitor(section, STATISTICS | {"latent_std": 1.0})
     later.restore([logged])
-    assert later.look(20, {"sample_mean": 0.0, "sample_std": 0.1}) is not None
+    assert later.look(20, _samples(0.0, 0.1)) is not None
 
 
 # ---------------------------------------------------------------------- checkpoints

@@ -108,6 +108,19 @@ def test_one_worker_dies_at_each_kind_of_save_point(bench):
     dies_and_goes_on(bench, "dmd2", 1, deaths)
 
 
+def test_what_is_kept_is_float32_where_networks_compute_in_bfloat16(bench):
+    store, recipe = bench.store(), DMD2 | {"mixed_precision": "bf16"}
+    straight = bench.straight(recipe)
+    bench.start(recipe, 1, store, Death(3, "ema"))
+    run = bench.start(recipe, 1, store)
+    _equal(run, straight, "dmd2", exact=True)
+    for part, tensors in run.checkpoint().parts.items():
+        assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float32}, part
+    in_float32 = bench.straight(DMD2).outcome.live["generator"]
+    weights = run.outcome.live["generator"]
+    assert any(not torch.equal(weights[name], in_float32[name]) for name in weights)
+
+
 @pytest.mark.slow  # the chaos suite kills workers of Ray Train
 def test_two_workers_die_with_one_of_them(bench):
     # In the middle of the second version's first epoch, and in a save of its second epoch.

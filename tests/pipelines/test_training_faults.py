@@ -319,6 +319,14 @@ def test_a_damaged_newest_checkpoint_ends_the_run_and_from_previous_goes_on(trai
     code, said = train("--from", "previous", steps=6)  # as a scheduler would repeat it
     assert code == Exit.OK and "none is put aside" in said and "nothing to do" in said
 
+    # An older one is read, too, by a run that goes on.
+    state = newest / "state.json"
+    state.write_bytes(state.read_bytes()[:-1])
+    code, said = train(steps=8)
+    assert code == Exit.REFUSED and "--from previous to go on from step 6" in said, said
+    code, said = train("--from", "previous", steps=8)
+    assert code == Exit.OK and "step 4 is put aside" in said and "going on from step 6" in said
+
 
 def groups_started() -> int:
     """By Ray Train, since its Ray of this process started."""
