@@ -53,6 +53,10 @@ _NOISE_SETTINGS = (
 _WITHOUT_X0_PREDICTION = ("pndm", "heun")
 
 
+class SolverError(ValueError):
+    """A solver that is not known, or that cannot take the teacher's noise schedule."""
+
+
 def solvers_for(config: Mapping[str, Any]) -> list[str]:
     """The solvers that fit the family of a teacher whose scheduler has `config`."""
     wanted = family(config.get("_class_name", ""), config)
@@ -62,15 +66,16 @@ def solvers_for(config: Mapping[str, Any]) -> list[str]:
 def make_scheduler(solver: str, config: Mapping[str, Any], image_tokens: int | None = None):
     """A fresh diffusers scheduler for `solver`, on the noise schedule of the teacher's `config`.
 
-    `image_tokens`: latent patches of a picture, for schedules that depend on its size.
+    `image_tokens`: latent patches of a picture, for schedules that depend on its size. Raises
+    `SolverError`.
     """
     if solver not in SOLVERS:
-        raise ValueError(
+        raise SolverError(
             f"solver {solver!r} is not one of the deterministic solvers {', '.join(SOLVERS)}"
         )
     fitting = solvers_for(config)
     if solver not in fitting:
-        raise ValueError(
+        raise SolverError(
             f"solver {solver!r} does not fit the teacher's noise schedule "
             f"({config.get('_class_name', 'no _class_name')}); expected one of {', '.join(fitting)}"
         )
@@ -123,7 +128,7 @@ def _noise_settings(solver: str, cls: type, config: Mapping[str, Any]) -> dict[s
     if solver in _WITHOUT_X0_PREDICTION and given.get("prediction_type") == "sample":
         lost.append("prediction_type sample")
     if lost:
-        raise ValueError(f"solver {solver!r} cannot take the teacher's {', '.join(lost)}")
+        raise SolverError(f"solver {solver!r} cannot take the teacher's {', '.join(lost)}")
     return {name: value for name, value in given.items() if name in accepted}
 
 

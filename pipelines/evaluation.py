@@ -35,7 +35,7 @@ from dmd_core.plain_call import call_in_words
 from dmd_core.prompt_encoding import class_label
 from dmd_core.teacher import class_names, teacher_revision
 from pipelines.alignment import alignment, clip_folder
-from pipelines.config import EvaluateSection, PairsSection
+from pipelines.config import EvaluateSection, PairsSection, StorageSection
 from pipelines.images import SamplerPool, image_folders, make_images
 from pipelines.inception_features import REAL, Judge
 from pipelines.storage import Store
@@ -59,6 +59,10 @@ FOLDER = "evaluation"
 NOISE, NOISE_PROMPTS = f"{FOLDER}/latents.safetensors", f"{FOLDER}/latents.json"
 
 
+class EvaluationError(ValueError):
+    """An evaluation that cannot be measured with what it was given."""
+
+
 def evaluate(
     section: EvaluateSection,
     pairs: PairsSection,
@@ -72,19 +76,17 @@ def evaluate(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Sample, measure, write `<run>/metrics.json`, return its content. Ray must be initialised.
+    Raises what `check_evaluation` does, before it samples.
 
     `prompts` are the held-out ones; `networks.mean` None leaves the mean picture out; `revisions`
     (teacher_revision, student_revision) are taken here unless the caller has them;
     `provenance` (versions, manifest digest, checkpoint …) is recorded as it is.
     """
-    judge = Judge.of(section, networks.storage)
-    chosen = held_out(prompts, section.max_prompts) * section.samples_per_prompt
-    if section.clip_model:  # before hours of sampling
-        clip_folder(section.clip_model, networks.storage)
     plan, local = SamplingPlan.from_sections(section, pairs, student_timesteps), networks.local()
+    check_evaluation(section, prompts, local.teacher, networks.storage)
+    judge = Judge.of(section, networks.storage)
     unit = Unit.of_teacher(local.teacher, section.confidence)
-    if why_not := unit.too_few(chosen):
-        raise ValueError(why_not)
+    chosen = held_out(prompts, section.max_prompts) * section.samples_per_prompt
     revisions = revisions or {
         "teacher_revision": teacher_revision(local.teacher),
         "student_revision": teacher_revision(local.student),
@@ -121,6 +123,20 @@ def evaluate(
     text = json.dumps(metrics, indent=2)
     write_atomic(run.fs, run.path(METRICS), text.encode())
     return json.loads(text)
+
+
+def check_evaluation(
+    section: EvaluateSection, prompts: Sequence[str], teacher: str, storage: StorageSection
+) -> None:
+    """Fail at the door, before hours of sampling. Raises `EvaluationError` where the held-out
+    `prompts` are too few for the intervals of `teacher` (a local folder), and what `Judge.of` and
+    `clip_folder` raise where something to measure with is not there."""
+    chosen = held_out(prompts, section.max_prompts) * section.samples_per_prompt
+    if why_not := Unit.of_teacher(teacher, section.confidence).too_few(chosen):
+        raise EvaluationError(why_not)
+    Judge.of(section, storage)
+    if section.clip_model:
+        clip_folder(section.clip_model, storage)
 
 
 def held_out(prompts: Sequence[str], most: int | None) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ from pathlib import Path
 from jobs.cli import main
 from tests.jobs.fake_chain import FakeVerbs
 
+HELD_OUT = 10  # prompts: as few as an evaluation takes
+
 
 class Pipeline:
     """The verb on a run folder; `verbs.take()` tells what it ran."""
@@ -14,7 +16,7 @@ class Pipeline:
         self.run, self.verbs, self._capsys = folder / "run", verbs, capsys
         self.prompts, self.held_out = folder / "prompts.txt", folder / "held_out.txt"
         self.write_prompts(12)
-        self.held_out.write_text("one\ntwo\n")
+        self.held_out.write_text("\n".join(f"held out {index}" for index in range(HELD_OUT)))
         self.base: dict[str, object] = {
             "run.dir": self.run, "teacher.path": teacher, "pairs.prompts": self.prompts,
             "evaluate.prompts": self.held_out,

@@ -8,6 +8,7 @@ from tests.jobs.tiny_cli import run_tiny
 
 NO_PAIRS = {"train__lambda_reg": 0, "train__regression_batch_size": 0}
 FOUR = "[999, 749, 499, 249]"
+SOLVERS = {"sd3": "flow_euler", "flux": "flow_euler", "edm": "edm_heun"}  # of others: dpmsolver++
 
 
 class _ThroughTheDoor(Exception):
@@ -30,6 +31,7 @@ def train(families, tmp_path, capsys, monkeypatch):
         base = {
             "run.dir": tmp_path / "run", "teacher.path": families.folder(name),
             "pairs.prompts": prompts, "pairs.root": tmp_path / "pairs",
+            "pairs.solver": SOLVERS.get(name.split()[0], "dpmsolver++"),
         }  # fmt: skip
         if name not in PIXELS:
             base |= {"pairs.height": 16, "pairs.width": 16}
@@ -97,3 +99,40 @@ def test_neither_are_its_pairs(families, tmp_path, capsys, guidance, expected):
     )
     assert code == expected, message
     assert expected == Exit.OK or "pairs.guidance_scale is 3.5; expected 1:" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "solver", "expected"),
+    [
+        ("sd3", "dpmsolver++", "does not fit the teacher's noise schedule"),
+        ("flux", "ddim", "expected one of flow_euler"),
+        ("edm", "dpmsolver++", "expected one of edm_heun"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["pairs", "train"])
+def test_a_solver_of_another_family_makes_no_pairs(
+    families, train, tmp_path, capsys, verb, name, solver, expected
+):
+    if verb == "train":  # its sample pictures and its evaluation are the solver's
+        code, message = train(name, pairs__solver=solver)
+    else:
+        code, message = _planned_pairs(families.folder(name), tmp_path, capsys, solver=solver)
+    assert code == Exit.USAGE and message.startswith("error: pairs.solver: solver"), message
+    assert expected in message
+
+
+def test_a_size_that_the_teacher_cannot_make_is_no_pairs_either(families, tmp_path, capsys):
+    arguments = {"solver": "flow_euler", "height": 18}
+    code, message = _planned_pairs(families.folder("sd3"), tmp_path, capsys, **arguments)
+    assert code == Exit.USAGE and "pairs.height, pairs.width: height is 18" in message
+
+
+def _planned_pairs(teacher: str, folder, capsys, **pairs: object) -> tuple[int, str]:
+    """`dmd pairs --dry-run`."""
+    (folder / "prompts.txt").write_text("cat\ndog")
+    base = {
+        "run.dir": folder / "run", "teacher.path": teacher,
+        "pairs.prompts": folder / "prompts.txt", "cost.seconds_per_picture": 1,
+    }  # fmt: skip
+    changes = {f"pairs__{key}": value for key, value in pairs.items()}
+    return run_tiny("pairs", base, changes, capsys, words=["--dry-run"])

@@ -11,6 +11,7 @@ from jobs.errors import Exit, JobError
 from jobs.pipeline_steps import NAMES
 from pipelines.lease import hold_lease
 from pipelines.storage import open_store
+from tests.jobs.fake_pipeline import HELD_OUT
 
 ALL = list(NAMES)
 AFTER_TRAINING = ["export", "evaluate", "report"]
@@ -74,7 +75,7 @@ def test_changed_settings_run_what_follows_from_them(pipeline, change, expected)
 
 def test_changed_held_out_prompts_and_teacher(pipeline, tmp_path):
     pipeline()
-    pipeline.held_out.write_text("one\nthree\n")
+    pipeline.held_out.write_text(pipeline.held_out.read_text() + "\none more")
     assert pipeline()[2] == ["evaluate"]  # the fake's metrics do not depend on them
     other = tmp_path / "other"
     shutil.copytree(str(pipeline.base["teacher.path"]), other)
@@ -273,7 +274,8 @@ def test_dry_run_says_what_and_why_and_writes_nothing(pipeline):
     found = json.loads(pipeline.out)
     assert found["evaluate"] == "run: evaluate.seed default → 7"
     assert found["train"].startswith("skip") and found["report"].startswith("run: if evaluate")
-    assert found["evaluate.prompts"] == 2 and found["evaluate.writes_to"].endswith("metrics.json")
+    assert found["evaluate.prompts"] == HELD_OUT
+    assert found["evaluate.writes_to"].endswith("metrics.json")
     assert found["estimated_seconds"] == found["evaluate.estimated_seconds"]
     pipeline("--dry-run", "--json", "--from", "export")
     found = json.loads(pipeline.out)
@@ -294,7 +296,7 @@ def test_a_first_dry_run_plans_every_step(pipeline):
     assert pipeline("--dry-run", "--json")[0] == Exit.OK
     found = json.loads(pipeline.out)
     assert found["regenerate"] == "run: not done yet" and found["train.steps_to_do"] == 6
-    assert found["regenerate.rows_to_make"] == 12 and found["evaluate.prompts"] == 2
+    assert found["regenerate.rows_to_make"] == 12 and found["evaluate.prompts"] == HELD_OUT
     assert not pipeline.run.exists()
 
 

@@ -201,10 +201,10 @@ def test_an_evaluation_counts_every_system(plan_of):
     assert plan["cpu_hours"] == pytest.approx(12 * per_prompt * 1.0 / 3600, abs=1e-4)
     systems = plan["systems"]
     held_out = plan_of.folder / "held_out.txt"
-    held_out.write_text("\n".join(["one", "two", "three", "two"]))
+    held_out.write_text("\n".join([*(f"prompt {index}" for index in range(10)), "prompt 1"]))
     code, plan, _ = plan_of("evaluate", evaluate__prompts=held_out, evaluate__few_steps="[2,4]")
-    assert plan["prompts"] == 3 and plan["systems"] == systems - 1  # the teacher makes 4 steps
-    assert plan["network_evaluations"] == 3 * (2 * (4 + 4 + 2) + 2)
+    assert plan["prompts"] == 10 and plan["systems"] == systems - 1  # the teacher makes 4 steps
+    assert plan["network_evaluations"] == 10 * (2 * (4 + 4 + 2) + 2)
 
 
 def test_a_teacher_of_ones_own_is_planned_too(plan_of):

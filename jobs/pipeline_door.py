@@ -1,0 +1,46 @@
+"""Fail at the door of a chain: what a later step would refuse is found before an earlier one has
+worked for hours."""
+
+from collections.abc import Callable, Iterable
+
+from jobs.config import resolve_shipped
+from jobs.evaluate_checks import check_measurable, held_out_prompts
+from jobs.session import Session
+from jobs.train_checks import check_without_pairs
+from pipelines.prompts import read_prompts
+from pipelines.streams import open_pictures
+
+
+class Door:
+    """Asks what each step asks at its own start, as far as the steps before it leave nothing that
+    this needs. Once for each step; reads, and writes nothing."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._asked: set[str] = set()
+
+    def check(self, steps: Iterable[str]) -> None:
+        """`steps`: names of those that may run. Raises what their verbs would."""
+        for name in steps:
+            if name in _CHECKS and name not in self._asked:
+                _CHECKS[name](self._session)
+                self._asked.add(name)
+
+
+def _check_training(session: Session) -> None:
+    section, storage = session.recipe.train, session.recipe.storage
+    check_without_pairs(session)
+    if section.uses_gan:
+        open_pictures(section.real_pictures, storage)
+    if section.unpaired_prompts:
+        read_prompts(resolve_shipped(section.unpaired_prompts), storage)
+
+
+def _check_evaluation(session: Session) -> None:
+    check_measurable(session, held_out_prompts(session))
+
+
+_CHECKS: dict[str, Callable[[Session], None]] = {
+    "train": _check_training,
+    "evaluate": _check_evaluation,
+}
