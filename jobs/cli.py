@@ -3,13 +3,18 @@
 import argparse
 import errno
 import importlib
+import importlib.metadata
 import json
+import os
+import select
 import sys
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 from cluster.secrets import without_user_info
 from jobs.errors import Exit, JobError
+from jobs.failures import is_ours, no_answer, raise_in_words
+from jobs.worker_failures import ray_errors, worker_failure
 
 VERBS = {
     "demo": "the whole journey on the shipped teacher: pairs, train, export, evaluate, report",
@@ -41,10 +46,8 @@ _OWN_ARGUMENTS = (
 _WITHOUT_RECIPE = ("data", "submit", "attach", "jobs", "logs", "stop", "cluster")
 # What follows is the command line of another verb, which it checks itself.
 _PASSES_ON = ("submit",)
-_PACKAGES = ("jobs", "pipelines", "dmd_core", "cluster")
-_STORE_CLIENTS = ("botocore", "aiohttp")
-# What s3fs makes of a store's 500. Its cause does not travel back from a worker.
-_REMOTE = (f"[Errno {errno.EREMOTEIO}]",) if hasattr(errno, "EREMOTEIO") else ()
+_DISTRIBUTION = "one-step-dmd"
+_UNREAD = 128 + 13  # what a shell shows of a command that ended because nobody read on (SIGPIPE)
 
 _EXAMPLES = """examples:
   dmd demo                                      distil the shipped teacher on this machine
@@ -64,6 +67,16 @@ exit codes: 0 done or nothing to do, 1 a bug, 2 usage or configuration, 3 refuse
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     options = _options(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _outcome(options)
+        sys.stdout.flush()  # a reader that has left is noticed here, not when Python ends
+    except BrokenPipeError:
+        return _end_unread()
+    return code
+
+
+def _outcome(options: argparse.Namespace) -> int:
+    """The verb's exit code; what it raised is told. Raises BrokenPipeError where nobody reads."""
     default = "emoji" if options.verb == "train-teacher" else "demo"
     try:
         if options.verb in _WITHOUT_RECIPE:
@@ -75,20 +88,22 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error), error.code)
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to go on", Exit.TRANSIENT)
-    except _ray_errors() as error:  # before the others: Ray's are also what the worker raised
-        return _fail(*_worker_failure(error))
+    except ray_errors() as error:  # before the others: Ray's are also what the worker raised
+        return _fail(*worker_failure(error))
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            raise
         if error.errno == errno.ENOSPC:
             return _fail(f"the disk is full ({error.filename}); free space and run again")
         return _fail(str(error))
     except ValueError as error:
-        if not _is_ours(error):
+        if not is_ours(error):
             raise
         return _fail(str(error))
     except RuntimeError as error:
-        if not _is_ours(error):
+        if not is_ours(error):
             raise
-        again = getattr(error, "transient", False) or _no_answer(error)
+        again = getattr(error, "transient", False) or no_answer(error)
         return _fail(str(error), Exit.TRANSIENT if again else Exit.REFUSED)
 
 
@@ -100,11 +115,11 @@ def _run(options: argparse.Namespace, config: str) -> int:
     with open_session(config, options.set, quiet=options.json, arguments=options) as session:
         try:
             result = module.plan(session) if options.dry_run else module.run(session)
-        except _ray_errors() as error:
+        except ray_errors() as error:
             print(error, file=sys.stderr)  # goes to the log: Ray's output is redirected still
-            raise
+            raise JobError(*worker_failure(error, session.ray_log)) from error
         except store_errors() as error:
-            _raise_in_words(error, session.recipe.storage.endpoint_url)
+            raise_in_words(error, session.recipe.storage.endpoint_url)
     return _show(result, options)
 
 
@@ -148,6 +163,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and stop")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb")
     for name, help_text in VERBS.items():
         verb = verbs.add_parser(
@@ -185,59 +201,36 @@ def _add_recipe_arguments(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def _raise_in_words(error: Exception, endpoint_url: str | None) -> NoReturn:
-    """Raise a remote store's error as one line with its exit code; any other as it is."""
-    store = f"the store at {endpoint_url}" if endpoint_url else "the store (S3)"
-    if _no_answer(error):
-        line = f"{store} did not answer: {_one_line(error)}; try again"
-        raise JobError(line, Exit.TRANSIENT) from error
-    if isinstance(error, OSError):
-        raise error
-    raise JobError(f"{store} cannot be used: {_one_line(error)}") from error
+class _Version(argparse.Action):
+    """Looked up only where it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        try:
+            version = importlib.metadata.version(_DISTRIBUTION)
+        except importlib.metadata.PackageNotFoundError:
+            version = "of a source tree, not installed"
+        print(f"dmd {version}")
+        parser.exit()
 
 
-def _no_answer(error: BaseException) -> bool:
-    from pipelines.storage import no_answer  # --help does without it
+def _is_unread() -> bool:
+    """Has the reader of our output left, as `head` does? Else another connection broke."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
-    return no_answer(error)
 
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _end_unread() -> int:
+    """In silence, as other tools do, and without Python's complaint about what is still unsent."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return _UNREAD
 
 
 def _fail(message: str, code: Exit = Exit.REFUSED) -> int:
     print(f"error: {without_user_info(message)}", file=sys.stderr)
     return code
-
-
-def _is_ours(error: BaseException) -> bool:
-    return type(error).__module__.split(".")[0] in _PACKAGES
-
-
-def _ray_errors() -> tuple[type[BaseException], ...]:
-    """What Ray raises here for failures in its workers; nothing while Ray is not imported."""
-    if "ray" not in sys.modules:
-        return ()
-    from ray.exceptions import RayError
-    from ray.train import TrainingFailedError
-
-    return RayError, TrainingFailedError
-
-
-def _worker_failure(error: BaseException) -> tuple[str, Exit]:
-    """The line that matters of an error that came back from a worker, and the exit code."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    last = lines[-1] if lines else type(error).__name__
-    kind, _, message = last.partition(": ")
-    package = kind.split(".")[0]
-    if package in _PACKAGES:
-        return message, Exit.REFUSED
-    if package in _STORE_CLIENTS or any(number in last for number in _REMOTE):
-        return f"a worker's store did not answer: {last}; try again", Exit.TRANSIENT
-    if isinstance(error, OSError):
-        return message, Exit.REFUSED
-    return f"a worker failed: {last} (the whole story is in the run's logs/ray.log)", Exit.BUG
 
 
 def verb_main(verb: str) -> int:

@@ -9,6 +9,8 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from dmd_core.files import store_errors
 from jobs.display import Display
 from jobs.errors import Exit, JobError
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, display: Display) -> dict[str, Any]:
     """Fetch, check and write what is missing; returns what the data set's own record says."""
-    target = open_store(options.out, StorageSection(endpoint_url=options.endpoint_url))
+    target = _target(options)
     try:
         return _run(options, display, target)
     except store_errors() as error:
@@ -75,7 +77,7 @@ def _run(options: argparse.Namespace, display: Display, target: Store) -> dict[s
 
 def plan(options: argparse.Namespace, display: Display) -> dict[str, Any]:
     """What `run` would do; fetches and writes nothing."""
-    target = open_store(options.out, StorageSection(endpoint_url=options.endpoint_url))
+    target = _target(options)
     complete = cifar10.describe(target) is not None
     return {
         "complete": complete,
@@ -84,6 +86,16 @@ def plan(options: argparse.Namespace, display: Display) -> dict[str, Any]:
         "writes_bytes": 0 if complete else _DATASET_BYTES,
         "writes_to": target.url,
     }
+
+
+def _target(options: argparse.Namespace) -> Store:
+    try:
+        storage = StorageSection(endpoint_url=options.endpoint_url)
+    except ValidationError as error:
+        [entry] = error.errors()
+        what = entry["msg"].removeprefix("Value error, ")
+        raise JobError(f"--endpoint-url: {what} (given: {entry['input']!r})", Exit.USAGE) from error
+    return open_store(options.out, storage)
 
 
 def fetch(folder: str) -> str:

@@ -33,8 +33,8 @@ class Session:
         self.display = display
         self.arguments = arguments or argparse.Namespace()  # those of the verb alone
         self.store: Store = open_store(recipe.run.dir, recipe.storage)
+        self.ray_log = ""  # the file that Ray's messages go to, once it is started
         self._stack = ExitStack()
-        self._ray_started = False
 
     def __enter__(self) -> "Session":
         return self
@@ -128,11 +128,12 @@ class Session:
     # ------------------------------------------------------------------ Ray
 
     def start_ray(self) -> None:
-        if self._ray_started:
+        if self.ray_log:
             return
         from cluster.local import ray_cluster
 
-        self._stack.enter_context(redirected_output(self._log_path()))
+        self.ray_log = self._log_path()
+        self._stack.enter_context(redirected_output(self.ray_log))
         settings = self.recipe.ray
         self._stack.enter_context(
             ray_cluster(
@@ -141,7 +142,6 @@ class Session:
                 object_store_bytes=settings.object_store_mb * 2**20,
             )
         )
-        self._ray_started = True
 
     @contextmanager
     def watch(

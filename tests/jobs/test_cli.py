@@ -15,7 +15,7 @@ from s3fs.errors import translate_boto_error
 
 import jobs.inspect
 import jobs.pairs
-from jobs.cli import VERBS, _worker_failure, main
+from jobs.cli import VERBS, main
 from jobs.errors import Exit, JobError
 from jobs.pairs import check_rejects
 from jobs.session import open_session
@@ -250,20 +250,6 @@ def test_a_store_without_credentials_or_bucket_is_refused_at_the_door(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
     code, said = door("us-west-2")
     assert code == Exit.REFUSED and "cannot write" in said and "credentials" in said
-
-
-@pytest.mark.parametrize(
-    ("last", "code"),
-    [
-        ("botocore.exceptions.EndpointConnectionError: Could not connect", Exit.TRANSIENT),
-        ("OSError: [Errno 121] We encountered an internal error", Exit.TRANSIENT),
-        ("pipelines.batches.PairFileError: a.parquet: missing", Exit.REFUSED),
-        ("ZeroDivisionError: division by zero", Exit.BUG),
-    ],
-)
-def test_an_error_of_a_worker_is_told_by_its_last_line(last, code):
-    message, found = _worker_failure(RuntimeError(f"Traceback\n  File\n{last}\n"))
-    assert found == code and last.split(": ", 1)[1] in message
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/x", "s3://key:secret@bucket/x"])
