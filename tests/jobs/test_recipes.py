@@ -8,6 +8,15 @@ from diffusers import DiffusionPipeline
 
 from jobs.cli import main
 from jobs.config import load_recipe, shipped_recipes
+from jobs.placement import (
+    DATA_CPUS,
+    evaluate_demand,
+    pairs_demand,
+    teacher_training_demand,
+    too_full,
+    train_demand,
+)
+from pipelines.placement import NodeFacts, room_for
 from pipelines.teacher_source import TeacherSource, teacher_source
 from tests.dmd_core.tiny_families import save_family
 from tests.pipelines.dmd_runs import PROMPTS, write_pictures
@@ -59,6 +68,18 @@ def test_its_teacher_is_pinned_or_a_folder(name):
     assert name in shipped_recipes()
     source = TeacherSource.from_url(teacher_source(load_recipe(name, []).teacher).url)
     assert re.fullmatch("[0-9a-f]{40}", source.revision) or source.path.startswith("/models/")
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_its_work_has_room_in_the_ray_that_it_starts(name):
+    """On a machine with eight GPUs."""
+    recipe = load_recipe(name, [])
+    grown = recipe.pairs.model_copy(update={"actors": recipe.pairs.most_actors})
+    node = NodeFacts({"CPU": recipe.ray.num_cpus, "GPU": 8}, {})
+    fed = [pairs_demand(recipe.model_copy(update={"pairs": grown})), evaluate_demand(recipe)]
+    for demand in (*fed, train_demand(recipe), teacher_training_demand(recipe)):
+        assert room_for(demand, [node]) >= demand.count, demand
+    assert [too_full(demand, [node], DATA_CPUS) for demand in fed] == ["", ""]
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
