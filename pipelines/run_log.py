@@ -16,7 +16,7 @@ from pipelines.plots import picture_grid
 from pipelines.progress import Throttle
 from pipelines.sample_files import SAMPLES, sample_files, sample_path
 from pipelines.storage import Store
-from pipelines.trackers import TrackerName, open_trackers
+from pipelines.trackers import Tracker, TrackerName, open_trackers
 from pipelines.workers import Group
 
 _FLUSH_S = 10.0
@@ -39,9 +39,12 @@ class RunLog:
         fence: Fence,
         report_to: TrackerName | Sequence[TrackerName],
         step: int,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self._store, self._writes, self._fence = store, group.rank == 0, fence
-        trackers = open_trackers(report_to, store, resume_step=step) if self._writes else ()
+        trackers: Sequence[Tracker] = ()
+        if self._writes:
+            trackers = open_trackers(report_to, store, resume_step=step, settings=settings)
         self._log = MetricsLog(store, resume_step=step, trackers=trackers)
         self._due = Throttle(_FLUSH_S)
         self._drop_pictures_after(step)

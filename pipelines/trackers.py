@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import yaml
 
 from dmd_core.files import is_local, write_atomic
 from pipelines.progress import Throttle
@@ -63,15 +64,20 @@ def check_trackers(report_to: str | Sequence[str]) -> None:
 
 
 def open_trackers(
-    report_to: str | Sequence[str], store: Store, *, resume_step: int
+    report_to: str | Sequence[str],
+    store: Store,
+    *,
+    resume_step: int,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[Tracker]:
-    """The trackers of the run in `store`, which goes on after `resume_step` (0: begins)."""
+    """The trackers of the run in `store`, which goes on after `resume_step` (0: begins).
+    `settings`: the run's, to be shown beside its curves."""
     opened: list[Tracker] = []
     for name in tracker_names(report_to):
         if name == "tensorboard":
-            opened.append(TensorBoard(store, resume_step=resume_step))
+            opened.append(TensorBoard(store, resume_step=resume_step, settings=settings))
         else:
-            opened.append(WeightsAndBiases(store))
+            opened.append(WeightsAndBiases(store, settings=settings))
     return opened
 
 
@@ -83,13 +89,18 @@ class TensorBoard:
     through a queue of ten: training would wait for a place in it for ever.
     """
 
-    def __init__(self, store: Store, *, resume_step: int) -> None:
+    def __init__(
+        self, store: Store, *, resume_step: int, settings: Mapping[str, Any] | None = None
+    ) -> None:
         self._store = store
         local = is_local(store.fs)
         self._folder = store.path(_TENSORBOARD) if local else tempfile.mkdtemp()
         self._due, self._uploaded = Throttle(_UPLOAD_S), dict[str, int]()  # file → bytes
         self._step = resume_step
         self._open(resume_step)
+        if settings:
+            code = yaml.safe_dump(dict(settings), sort_keys=False)
+            self._writer.add_text("settings", f"```yaml\n{code}```", resume_step + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._step = step
@@ -159,7 +170,7 @@ class WeightsAndBiases:
     history, beside the new ones of the same `step`, which is the axis of all curves.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, settings: Mapping[str, Any] | None = None) -> None:
         import wandb
 
         theirs = wandb.setup().settings
@@ -169,6 +180,8 @@ class WeightsAndBiases:
             project=theirs.project or _PROJECT,
             name=theirs.run_name or store.root.rsplit("/", 1)[-1],
             dir=store.root if is_local(store.fs) else None,
+            config=dict(settings or {}),
+            allow_val_change=True,  # a resumed run may have another number of workers
             settings=wandb.Settings(console="off"),  # Ray keeps the workers' output
         )
         # wandb's own step may only rise; a resumed run repeats steps.

@@ -115,8 +115,14 @@ class _DmdRun:
         if step is not None:
             self._restore(step)
         self.log = RunLog(
-            self.store, self.group, self.fence, self.section.report_to, self.progress.step
-        )
+            self.store, self.group, self.fence, self.section.report_to, self.progress.step,
+            settings={
+                "seed": self.inputs.seed,
+                "teacher": self.teacher.revision,
+                "pairs": self.pins.digest,
+                "train": self.section.model_dump(mode="json"),
+            },
+        )  # fmt: skip
         self.health.replay(self.log.lines)
         self.beside.resume(self.progress.step, finished=self.finished)
         if self._samples_here:

@@ -143,6 +143,13 @@ def test_a_file_is_uploaded_when_it_has_grown_and_once_a_minute_at_most(tmp_path
     assert fs.cat_file(f"/{tmp_path.name}/run/tensorboard/{file.name}") == b"abcd"
 
 
+def test_tensorboard_shows_the_settings(store):
+    board = TensorBoard(store, resume_step=0, settings={"train": {"learning_rate": 1e-5}})
+    board.close()
+    (path,) = store.fs.ls(store.path("tensorboard"), detail=False)
+    assert b"learning_rate: 1.0e-05" in store.fs.cat_file(path)
+
+
 def test_a_full_disk_ends_tensorboards_thread_and_not_the_training(store, monkeypatch):
     """Its queue would fill up, and training wait for a place in it for ever."""
     from tensorboardX.record_writer import RecordWriter
@@ -205,7 +212,10 @@ from pipelines.storage import open_store
 from pipelines.trackers import open_trackers
 
 store, resume_step = open_store(sys.argv[1]), int(sys.argv[2])
-trackers = open_trackers(["wandb", "tensorboard"], store, resume_step=resume_step)
+settings = {"seed": 7, "train": {"num_workers": 1 + resume_step}}
+trackers = open_trackers(
+    ["wandb", "tensorboard"], store, resume_step=resume_step, settings=settings
+)
 log = MetricsLog(store, resume_step=resume_step, trackers=trackers)
 for step in (10, 20, 30):
     log.append({"step": resume_step + step, "loss_dm": 1 / step, "loss_reg": float("nan")})
@@ -288,6 +298,8 @@ def test_wandb_offline_holds_the_numbers_of_one_run_across_a_resume(tmp_path):
         (identity, "one-step-dmd", "my-run"),
         (identity, "theirs", "my-run"),
     ]
+    configs = [{i.key: json.loads(i.value_json) for i in r.config.update} for r in named]
+    assert [config["train"] for config in configs] == [{"num_workers": 1}, {"num_workers": 21}]
     assert _tensorboard(open_store(str(run)), "train/loss_dm")[30] == pytest.approx(1 / 10)
 
 
