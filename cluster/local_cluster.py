@@ -55,8 +55,12 @@ _OUTPUT_CHARACTERS = 2000
 class LocalCluster:
     """The cluster that is remembered in `folder`. Methods raise `ClusterError`."""
 
-    def __init__(self, folder: str | Path | None = None) -> None:
+    def __init__(
+        self, folder: str | Path | None = None, *, on_wait: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_wait` is called where another command is at work on the cluster and is waited for."""
         self.folder = Path(folder or default_folder()).expanduser().absolute()
+        self._on_wait = on_wait
 
     # ------------------------------------------------------------------ what others need
 
@@ -106,7 +110,7 @@ class LocalCluster:
         called this ends. None: as a running cluster has it; else port 8265 or any other if that is
         taken, this machine alone, with a secret.
         """
-        with locked(self.folder):
+        with locked(self.folder, on_wait=self._on_wait):
             record = read_record(self.folder)
             if record is not None and _works(record):
                 _check_same(record, size, port, dashboard_host, auth)
@@ -122,7 +126,7 @@ class LocalCluster:
 
     def down(self) -> bool:
         """End every process of the cluster; False: there was none. Logs go to `last-logs`."""
-        with locked(self.folder):
+        with locked(self.folder, on_wait=self._on_wait):
             record = read_record(self.folder)
             if record is not None:
                 self._end(record)
@@ -130,7 +134,7 @@ class LocalCluster:
 
     def kill_node(self, index: int) -> None:
         """Kill worker `index` (from 1) with all that runs there, as when a machine loses power."""
-        with locked(self.folder):
+        with locked(self.folder, on_wait=self._on_wait):
             name = worker_name(index)
             node = next((node for node in self.record.nodes if node.name == name), None)
             if node is None or find(node.process) is None:
@@ -142,7 +146,7 @@ class LocalCluster:
 
     def add_node(self, *, tied: bool = False) -> int:
         """Start one more worker; returns its index."""
-        with locked(self.folder):
+        with locked(self.folder, on_wait=self._on_wait):
             record = self.record
             size = replace(record.size, nodes=record.size.nodes + 1)
             record = replace(record, size=size)

@@ -8,7 +8,7 @@ import requests
 
 from cluster.nodes import HEAD, ClusterError, NodeRecord
 from cluster.processes import find
-from cluster.record import ClusterRecord
+from cluster.record import ClusterRecord, read_token
 
 _TIMEOUT_S = 10
 _ACTIVE = ("PENDING", "RUNNING")
@@ -103,10 +103,8 @@ def _node_status(node: NodeRecord, known: RayNode | None) -> NodeStatus:
 
 
 def _get(record: ClusterRecord, path: str) -> Any:
-    headers = {}
-    if record.place.token is not None:
-        secret = Path(record.place.token).read_text().strip()
-        headers["Authorization"] = f"Bearer {secret}"
+    secret = read_token(record)
+    headers = {"Authorization": f"Bearer {secret}"} if secret else {}
     with requests.Session() as session:
         session.trust_env = False  # no proxy stands between this machine and itself
         try:

@@ -49,6 +49,11 @@ class Size:
     object_store_mb: int = 256
 
     @property
+    def working(self) -> int:
+        """Nodes that do work."""
+        return max(1, self.nodes - 1)
+
+    @property
     def in_words(self) -> str:
         """`3 nodes: a head that does no work, 2 workers with 2 CPUs each`."""
         each = f"{self.cpus} CPU{'s' * (self.cpus != 1)}"
@@ -176,6 +181,16 @@ def is_free(port: int, host: str = "") -> bool:
     return True
 
 
+def visible_gpus() -> list[str]:
+    """The real GPUs that programs started here may use, as in CUDA_VISIBLE_DEVICES."""
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager as Manager
+
+    visible = Manager.get_current_process_visible_accelerator_ids()
+    if visible is None:
+        visible = [str(i) for i in range(Manager.get_current_node_num_accelerators())]
+    return visible
+
+
 def output_file(root: str, name: str) -> Path:
     """What the command that runs a node says."""
     return Path(root) / f"{name}.out"
@@ -218,10 +233,5 @@ def _own_gpus(index: int, count: int) -> str | None:
     would share the first. None: fewer real ones than that; they are only numbers to Ray."""
     if count == 0:
         return None
-    from ray._private.accelerators import NvidiaGPUAcceleratorManager as Manager
-
-    visible = Manager.get_current_process_visible_accelerator_ids()
-    if visible is None:
-        visible = [str(i) for i in range(Manager.get_current_node_num_accelerators())]
-    own = visible[index * count : (index + 1) * count]
+    own = visible_gpus()[index * count : (index + 1) * count]
     return ",".join(own) if len(own) == count else None

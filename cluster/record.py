@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +42,19 @@ def token_path(folder: Path) -> Path:
     return folder / _TOKEN
 
 
+def read_token(record: ClusterRecord) -> str:
+    """The secret that the cluster asks for; "": it asks for none. Raises `ClusterError`."""
+    if record.place.token is None:
+        return ""
+    try:
+        return Path(record.place.token).read_text().strip()
+    except OSError as error:
+        raise ClusterError(
+            f"the token of the local cluster cannot be read ({error}); `dmd cluster down` and "
+            "`dmd cluster up` make a new one"
+        ) from error
+
+
 def read_record(folder: Path) -> ClusterRecord | None:
     """None: no cluster was started from this folder. Raises `ClusterError` for a damaged file."""
     path = folder / _RECORD
@@ -77,9 +90,13 @@ def forget(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One command at a time changes the cluster of a folder; the others wait."""
+def locked(folder: Path, *, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """One command at a time changes the cluster of a folder; the others call `on_wait` and wait."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with open(folder / _LOCK, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield

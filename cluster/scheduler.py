@@ -5,7 +5,7 @@ the submission (refused by Ray the second time), the result (nothing left to do)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from cluster.schedule import (
     make_claim,
     slot_key,
 )
-from cluster.submit import ACTIVE, SecretError, SubmitError
+from cluster.submit import ACTIVE, SecretError, SubmitError, TokenError
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ class JobClient(Protocol):
 
 @dataclass(frozen=True)
 class Event:
-    """What a tick did with one slot. `outcome`: one of OUTCOMES, or "waiting": tried again."""
+    """What a tick did with one slot. `outcome`: one of OUTCOMES, or "waiting": tried again.
+
+    `stuck`: no try will do better until somebody mends something.
+    """
 
     name: str
     slot: datetime
@@ -59,6 +62,7 @@ class Event:
     detail: str
     submission_id: str
     coalesced: int = 0
+    stuck: bool = False
 
 
 def tick_entry(
@@ -98,8 +102,11 @@ def _finish(
             return None  # whoever held this claim finished, or a newer slot took over
         try:
             already = client.submit(entry, claim.job)
-        except (SubmitError, SecretError) as error:
-            if isinstance(error, SubmitError) and error.transient:
+        except SecretError as error:
+            result = Result("failed", str(error), now, last)
+        except SubmitError as error:
+            # A wrong token is mended here, not in the job: the slot is not lost by it.
+            if error.transient or isinstance(error, TokenError):
                 return _wait(claim, error, table, now)
             result = Result("failed", str(error), now, last)
         else:
@@ -169,7 +176,7 @@ def _last_job(
 def _wait(claim: Claim, error: SubmitError, table: Table, now: datetime) -> Event:
     """Leave the claim without a result: a later tick tries again, until a newer slot is due."""
     table.note_problem(claim, str(error), now)
-    return _event(claim, "waiting", str(error))
+    return replace(_event(claim, "waiting", str(error)), stuck=not error.transient)
 
 
 def _event(claim: Claim, outcome: str, detail: str) -> Event:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.job_server import ACTIVE, ClusterJob, JobServer, SubmitError
+from cluster.job_server import ACTIVE, ClusterJob, JobServer, SubmitError, TokenError
 from cluster.secrets import SecretError, refuse_secrets
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "SecretError",
     "SubmitError",
     "Submitted",
+    "TokenError",
     "entrypoint",
     "job_environment",
     "job_status",
@@ -49,6 +50,17 @@ EXCLUDES = (
     "credentials*",
     "*.pem",
     "*.key",
+    "*.env",
+    "*.p12",
+    "*.pfx",
+    ".netrc",
+    ".npmrc",
+    ".pypirc",
+    ".git-credentials",
+    ".ssh/",
+    ".kube/",
+    "id_rsa*",
+    "id_ed25519*",
 )
 
 
@@ -77,7 +89,7 @@ def submit_job(
     command = entrypoint(verb_arguments)
     environment = job_environment(working_dir, runtime_env)
     refuse_secrets({"arguments": list(verb_arguments), "metadata": metadata or {}})
-    server = JobServer(address) if isinstance(address, str) else address
+    server = _server(address)
     try:
         identity = server.submit(
             entrypoint=command,
@@ -93,10 +105,14 @@ def submit_job(
     return Submitted(identity, already=False)
 
 
-def job_status(address: str, submission_id: str) -> str | None:
+def job_status(address: str | JobServer, submission_id: str) -> str | None:
     """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED; None: the cluster knows no such job."""
-    job = JobServer(address).job(submission_id)
+    job = _server(address).job(submission_id)
     return None if job is None else job.status
+
+
+def _server(address: str | JobServer) -> JobServer:
+    return JobServer(address) if isinstance(address, str) else address
 
 
 def entrypoint(verb_arguments: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.local_cluster import LOOPBACK, LocalCluster
 from cluster.local_status import Status
-from cluster.nodes import Size
+from cluster.nodes import Size, visible_gpus
 from cluster.record import default_folder, read_record
 from jobs.actions import add_action
 from jobs.display import Display
@@ -27,7 +27,14 @@ _EXAMPLES = """examples:
 Nodes are processes of this machine with CPUs that Ray counts but does not enforce. Jobs see the
 environment that `up` was called with: set AWS_… and the like before it. Each request must carry a
 secret token, which lies in a file that only you can read (--no-auth leaves it out)."""
-_MOST_NODES = 32
+_RANGES = {
+    "nodes": (1, 32),
+    "cpus": (1, 1024),
+    "gpus": (0, 1024),
+    "object_store_mb": (100, 1 << 20),
+    "port": (1, 65535),
+}
+_LED_BY = "RAY_API_SERVER_ADDRESS RAY_AUTH_MODE RAY_AUTH_TOKEN_PATH"  # what `env` sets
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "1 is a single node that does both",
     )
     up.add_argument("--cpus", type=int, help="logical CPUs of each worker (default 2)")
-    up.add_argument("--gpus", type=int, help="GPUs of each worker, as Ray counts them (default 0)")
+    up.add_argument(
+        "--gpus",
+        type=int,
+        help="GPUs of each worker, as Ray counts them (default 0); more in all than the machine "
+        "has are only numbers",
+    )
     up.add_argument(
         "--object-store-mb", type=int, metavar="MIB", help="per node (default 256, at least 100)"
     )
@@ -80,7 +92,10 @@ def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace, display: Display) -> dict[str, Any]:
     """Do the action. Nothing to do is no error."""
-    cluster = LocalCluster(options.dir)
+    cluster = LocalCluster(
+        options.dir,
+        on_wait=lambda: display.say("cluster: another command is at work on it; waiting for that"),
+    )
     return _ACTIONS[options.action](cluster, options, display)
 
 
@@ -104,6 +119,7 @@ def _up(cluster: LocalCluster, options: argparse.Namespace, display: Display) ->
     _check_installed()
     size = _size(cluster, options)
     _warn(options, display)
+    _warn_of_gpus(size, display)
     display.say(f"cluster: {size.in_words}")
     began = time.monotonic()
     started = cluster.up(
@@ -148,6 +164,8 @@ def _down(cluster: LocalCluster, options: argparse.Namespace, display: Display) 
     ended = cluster.down()
     logs = cluster.folder / "last-logs"
     display.done(f"cluster: ended; its logs: {logs}" if ended else "cluster: there is none")
+    if ended:
+        display.say(f"in a shell that was led to it:\n  unset {_LED_BY}")
     return {"ended": ended}
 
 
@@ -155,18 +173,13 @@ _ACTIONS = {"up": _up, "status": _status, "env": _env, "down": _down}
 
 
 def _size(cluster: LocalCluster, options: argparse.Namespace) -> Size:
-    """What was asked for; the rest as the cluster has it, if there is one."""
+    """What was asked for, if it can be; the rest as the cluster has it, if there is one."""
+    for key, (least, most) in _RANGES.items():
+        value = getattr(options, key)
+        if value is not None and not least <= value <= most:
+            option = f"--{key.replace('_', '-')}"
+            raise JobError(f"{option} {value}: expected {least} to {most}", Exit.USAGE)
     asked = {key: getattr(options, key) for key in ("nodes", "cpus", "gpus", "object_store_mb")}
-    for key, least, most in (
-        ("nodes", 1, _MOST_NODES),
-        ("cpus", 1, 1024),
-        ("gpus", 0, 1024),
-        ("object_store_mb", 100, 1 << 20),
-    ):
-        if asked[key] is not None and not least <= asked[key] <= most:
-            raise JobError(
-                f"--{key.replace('_', '-')} {asked[key]}: expected {least} to {most}", Exit.USAGE
-            )
     record = read_record(cluster.folder)
     has = record.size if record is not None else Size()
     return replace(has, **{key: value for key, value in asked.items() if value is not None})
@@ -201,9 +214,21 @@ def _warn(options: argparse.Namespace, display: Display) -> None:
         )
 
 
+def _warn_of_gpus(size: Size, display: Display) -> None:
+    asked = size.working * size.gpus
+    if asked and asked > (present := len(visible_gpus())):
+        display.say(
+            f"warning: Ray will count {asked} GPUs; NVIDIA's driver shows {present} to what is "
+            "started here. The others are only numbers: nodes without GPUs of their own share "
+            "the real ones, or work on CPUs without a word"
+        )
+
+
 def _exports(cluster: LocalCluster) -> str:
+    """An old RAY_AUTH_TOKEN would come before the cluster's."""
     pairs = cluster.client_environment.items()
-    return "export " + " ".join(f"{key}={shlex.quote(value)}" for key, value in pairs)
+    exports = " ".join(f"{key}={shlex.quote(value)}" for key, value in pairs)
+    return f"unset RAY_AUTH_TOKEN; export {exports}"
 
 
 def _result(cluster: LocalCluster) -> dict[str, Any]:

@@ -3,11 +3,15 @@
 import os
 import socket
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+from cluster.job_server import SubmitError
+from cluster.nodes import ClusterError
+from cluster.secrets import without_user_info
 from jobs.config import Recipe
 from jobs.doctor_checks import Check, one_line
-from jobs.errors import JobError
+from jobs.job_client import connect, known_address
 from jobs.placement import (
     DATA_CPUS,
     evaluate_demand,
@@ -29,7 +33,7 @@ def check_cluster(recipe: Recipe, address: str | None) -> list[Check]:
     address = address or recipe.ray.address or os.environ.get("RAY_ADDRESS")
     if address is None:
         return [Check("cluster", "skip", "no address: Ray is started on this machine"),
-                *_embedded(recipe)]  # fmt: skip
+                *_embedded(recipe), *_beside()]  # fmt: skip
     if address.startswith(("http://", "https://")):
         return [_job_server(address)]
     return _inside(recipe, address)
@@ -38,13 +42,10 @@ def check_cluster(recipe: Recipe, address: str | None) -> list[Check]:
 def _job_server(address: str) -> Check:
     import ray
 
-    from cluster.job_server import JobServer, SubmitError
-    from cluster.secrets import without_user_info
-
     shown = without_user_info(address)
     try:
-        found = JobServer(address).ray_version
-    except (SubmitError, JobError) as error:
+        found = connect(address).ray_version
+    except (SubmitError, ClusterError) as error:
         return Check("cluster", "fail", one_line(error), "correct --address; is its port open?")
     except ImportError as error:
         return Check("cluster", "fail", one_line(error), "pip install -e '.[cluster]'")
@@ -54,6 +55,15 @@ def _job_server(address: str) -> Check:
         "cluster", "ok", f"Ray {found} at {shown}, as here",
         "its nodes are checked from inside: dmd submit doctor --config …",
     )  # fmt: skip
+
+
+def _beside() -> list[Check]:
+    """The job server that `dmd submit` finds by itself. What runs here does without it."""
+    address = known_address(None)
+    if address is None:
+        return []
+    check = _job_server(address)
+    return [replace(check, name="job server", status="ok" if check.status == "ok" else "warn")]
 
 
 def _inside(recipe: Recipe, address: str) -> list[Check]:

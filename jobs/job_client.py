@@ -13,8 +13,7 @@ from rich.text import Text
 
 from cluster.follow import JobGoneError, follow, progress_title, without_old_progress
 from cluster.job_server import ClusterJob, JobServer, SubmitError
-from cluster.nodes import client_environment
-from cluster.record import default_folder, read_record
+from cluster.record import default_folder, read_record, read_token
 from cluster.secrets import SecretError, refuse_secrets
 from jobs.display import Display
 from jobs.errors import Exit, JobError
@@ -22,6 +21,10 @@ from jobs.errors import Exit, JobError
 _ENTRYPOINT = "python -m jobs."
 _WEB = ("http://", "https://")
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+HOW_TO_NAME = (
+    "give --address http://head:8265, set RAY_API_SERVER_ADDRESS, or start a cluster on this "
+    "machine with `dmd cluster up`"
+)
 # What Ray writes into a job's log before the verb says anything.
 _OF_RAY = ("Running entrypoint for job ", " -- Runtime env is setting up.")
 _SIGNAL = 128  # a shell's exit code of a command that a signal ended: this and the signal's number
@@ -39,21 +42,29 @@ def add_address(parser: argparse.ArgumentParser) -> None:
 
 
 def find_address(given: str | None) -> str:
-    """The job server's URL: the given one, the environment's, the local cluster's. For the local
-    cluster, its token goes into this process's environment, where Ray's client looks for it."""
-    named = given or _of_environment()
+    """The job server's URL: the given one, the environment's, the local cluster's."""
+    address = known_address(given)
+    if address is None:
+        raise JobError(f"no job server is named: {HOW_TO_NAME}", Exit.USAGE)
+    return address
+
+
+def known_address(given: str | None) -> str | None:
+    """As `find_address`; None: nothing names one."""
+    if given:
+        return _checked(given)
+    named = _of_environment()
+    local = None if named else read_record(default_folder())
+    return local.url if local is not None else named
+
+
+def connect(address: str) -> JobServer:
+    """The job server there. The local cluster's gets its own token, whatever the environment says:
+    Ray has read that when it was imported, and an old RAY_AUTH_TOKEN comes first for it."""
     local = read_record(default_folder())
-    if named is None and local is None:
-        raise JobError(
-            "no job server is named: give --address http://head:8265, set RAY_API_SERVER_ADDRESS, "
-            "or start a cluster on this machine with `dmd cluster up`",
-            Exit.USAGE,
-        )
-    address = _checked(given) if given else named
-    if local is not None and address in (None, local.url):
-        os.environ.update(client_environment(local.url, local.place.token))
-        return local.url
-    return str(address)
+    if local is None or local.url != address.rstrip("/"):
+        return JobServer(address)
+    return JobServer(address, read_token(local))
 
 
 def _of_environment() -> str | None:
@@ -85,7 +96,7 @@ def in_words() -> Iterator[None]:
 
 
 def open_server(options: argparse.Namespace) -> JobServer:
-    return JobServer(find_address(options.address))
+    return connect(find_address(options.address))
 
 
 def is_ours(job: ClusterJob) -> bool:

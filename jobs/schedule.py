@@ -18,6 +18,7 @@ from cluster.schedule import Entry, ScheduleError, check_entry, slots_after
 from cluster.submit import SecretError, SubmitError, job_environment, refuse_secrets
 from dmd_core.files import store_errors
 from jobs.errors import Exit, JobError
+from jobs.job_client import known_address
 from jobs.job_door import VerbJob, relative_folders
 from jobs.schedule_arguments import add_arguments
 from jobs.schedule_show import (
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "plan", "run"]
 
-_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 # ------------------------------------------------------------------------ actions
@@ -122,7 +122,7 @@ def _history(session: "Session", table: ScheduleTable, arguments: argparse.Names
 
 
 def _tick(session: "Session", table: ScheduleTable, arguments: argparse.Namespace) -> dict:
-    events, problems = tick(table, RayJobs(_address(arguments)), _now())
+    events, problems = tick(table, RayJobs(known_address(arguments.address)), _now())
     for event in events:
         session.display.say(show_event(event))
     wrong = [problem.text for problem in problems]
@@ -130,7 +130,7 @@ def _tick(session: "Session", table: ScheduleTable, arguments: argparse.Namespac
     if left:
         wrong.append(f"{len(left)} of {len(events)} due slots were not submitted")
     if wrong:
-        failed = any(event.outcome == "failed" for event in left)
+        failed = any(event.outcome == "failed" or event.stuck for event in left)
         again = not failed and all(problem.transient for problem in problems)
         raise JobError("; ".join(wrong), Exit.TRANSIENT if again else Exit.REFUSED)
     return {"events": [json_event(event) for event in events]}
@@ -138,12 +138,12 @@ def _tick(session: "Session", table: ScheduleTable, arguments: argparse.Namespac
 
 def _stay(session: "Session", table: ScheduleTable, arguments: argparse.Namespace) -> NoReturn:
     """Tick for ever. Nothing is kept in memory but what was already said."""
-    client = RayJobs(_address(arguments))
     said: dict[str, str] = {}  # a cluster that is down is one line, not one a minute
     session.display.say(f"schedule: watching {table.store.url}; stop with Ctrl-C")
     while True:
         now = _now()
         try:
+            client = RayJobs(known_address(arguments.address))  # a local cluster may come and go
             events, problems = tick(table, client, now)
             wait = pause(table, now)
         except (StoreError, *store_errors()) as error:
@@ -184,11 +184,6 @@ def _sleep(seconds: float) -> None:
 
 def _table(session: "Session") -> ScheduleTable:
     return ScheduleTable(open_store(session.arguments.store, session.recipe.storage))
-
-
-def _address(arguments: argparse.Namespace) -> str | None:
-    given = [arguments.address, *(os.environ.get(name) for name in _ADDRESS_VARIABLES)]
-    return next((address for address in given if address), None)
 
 
 def _new_entry(

@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     history.add_argument("--limit", type=int, default=20, help="slots to show (default 20)")
     for name, text in (("tick", "submit what is due and stop"), ("run", "stay and submit")):
         scheduler = _action(actions, name, text)
-        scheduler.add_argument("--address", help="job server for the entries that name none")
+        scheduler.add_argument(
+            "--address",
+            help="job server for the entries that name none (default: as of `dmd submit`)",
+        )
 
 
 def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:

@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from cluster.nodes import ClusterError
 from cluster.schedule import Entry, Job, ScheduleError, next_slot
 from cluster.scheduler import Event, tick_entry
-from cluster.submit import SubmitError, job_status, submit_job
+from cluster.submit import JobServer, SubmitError, job_status, submit_job
 from dmd_core.files import store_errors
+from jobs.job_client import HOW_TO_NAME, connect
 from jobs.schedule_table import ScheduleTable
 from pipelines.commits import StoreError
 from pipelines.storage import no_answer
 
 POLL_S = 30.0  # how soon a standing scheduler sees an entry that somebody adds
 
-NO_ADDRESS = "no job server is named; give --address http://head:8265 or set RAY_API_SERVER_ADDRESS"
+NO_ADDRESS = f"no job server is named: {HOW_TO_NAME}"
 
 
 class RayJobs:
@@ -37,11 +39,14 @@ class RayJobs:
     def status(self, job: Job) -> str | None:
         return job_status(self._of(job), job.submission_id)
 
-    def _of(self, job: Job) -> str:
+    def _of(self, job: Job) -> JobServer:
         address = job.address or self.address
         if address is None:
             raise SubmitError(NO_ADDRESS, transient=True)
-        return address
+        try:
+            return connect(address)
+        except ClusterError as error:  # of this machine: it is being started or ended
+            raise SubmitError(str(error), transient=True) from error
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jobs.job_client import (
     find_address,
     follow_shown,
     in_words,
+    open_server,
     pause,
     result_of,
 )
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, display: Display) -> dict[str, Any]:
     """Submit, unless the cluster has the job already, and follow it to its end."""
     order = read_order(options)
-    server = JobServer(find_address(options.address))
+    server = open_server(options)
     _say_hints(order, display)
     _say_version(server, display)
     last, attempt = _attempts(server, order)

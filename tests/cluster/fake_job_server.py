@@ -6,6 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from cluster.nodes import Place, Size
+from cluster.record import ClusterRecord, default_folder, write_record
 
 
 class JobServer(ThreadingHTTPServer):
@@ -22,6 +26,8 @@ class JobServer(ThreadingHTTPServer):
         self.packages: dict[str, int] = {}
         self.stopping: dict[str, int] = {}
         self.asked: list[str] = []
+        self.given: list[str | None] = []  # Authorization of each request
+        self.token: str | None = None  # what every request must carry
         # Faults.
         self.refuse_with: int | None = None
         self.drop_reply = False  # the job is taken, the answer is lost
@@ -54,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: JobServer
 
     def do_GET(self) -> None:
-        if self._is_away():
+        if self._is_away() or self._is_refused():
             return
         server, parts = self.server, self.path.strip("/").split("/")
         if self.path == "/api/version":
@@ -75,11 +81,15 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))
+        if self._is_refused():
+            return
         self.server.packages[self.path.rsplit("/", 1)[-1]] = len(content)
         self._answer(200, "")
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self._is_refused():
+            return
         if self.path.endswith("/stop"):
             identity = self.path.split("/")[-2]
             self.server.stopping[identity] = self.server.slow_stop
@@ -103,6 +113,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.away -= 1
             return True
         return False
+
+    def _is_refused(self) -> bool:
+        wanted, given = self.server.token, self.headers.get("Authorization")
+        self.server.given.append(given)
+        if wanted is None or given == f"Bearer {wanted}":
+            return False
+        self._answer(403 if given else 401, "Forbidden")
+        return True
 
     def _answer(self, code: int, content: object) -> None:
         data = json.dumps(content).encode()
@@ -131,3 +149,14 @@ def eventually(condition, seconds: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def remember(server: JobServer, folder: Path, secret: str | None) -> None:
+    """Let `server` be the job server of the local cluster, whose token lies in `folder`."""
+    default_folder().mkdir(parents=True)
+    if secret is not None:
+        (folder / "token").write_text(secret)
+    place = Place("/tmp/nowhere", 1, None if secret is None else str(folder / "token"))
+    record = ClusterRecord(place, server.address, "127.0.0.1", Size(nodes=1, cpus=1))
+    write_record(default_folder(), record)
+    server.token = secret

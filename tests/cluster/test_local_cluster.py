@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ from cluster.nodes import (
     node_environment,
 )
 from cluster.processes import Birth, end, family, find, marked, spawn
-from cluster.record import ClusterRecord, read_record, write_record
+from cluster.record import ClusterRecord, locked, read_record, write_record
 from jobs.cli import main
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(300)"]
@@ -280,6 +281,9 @@ def test_the_command_says_what_is_there(folder, capfd):
     assert "none" in (said := capfd.readouterr().err) and "there is none" in said
     assert main(["cluster", "up", "--nodes", "0", *where]) == 2
     assert "--nodes 0: expected 1 to 32" in capfd.readouterr().err
+    for port in ("99999", "0", "-1"):
+        assert main(["cluster", "up", f"--port={port}", *where]) == 2
+        assert f"--port {port}: expected 1 to 65535" in capfd.readouterr().err
     assert main(["cluster", "env", *where]) == 3
     assert main(["cluster", "up", "--nodes", "5", "--dry-run", *where]) == 0
     assert "4 workers with 2 CPUs each" in capfd.readouterr().out
@@ -297,6 +301,49 @@ def test_letting_others_in_is_warned_of_with_the_reason(folder, started, monkeyp
     assert "has the token runs programs as you" in said and "ssh -L" in said
     assert main(["cluster", "up", "--no-auth", *where]) == 0
     assert "without a token every user" in capfd.readouterr().err
+
+
+def test_a_shell_is_led_to_the_cluster_and_away_again(folder, started, capfd):
+    """Past the token of another one, which Ray would send first."""
+    remembered(folder, started(), token="/private/a token")
+    where = ["--dir", str(folder)]
+    assert main(["cluster", "env", *where]) == 0
+    led = capfd.readouterr().out
+    assert main(["cluster", "down", *where]) == 0
+    away = capfd.readouterr().err.splitlines()[-1]
+    shell = ["sh", "-c", f"{led}\necho $RAY_AUTH_TOKEN_PATH; {away}\nenv"]
+    environment = {"PATH": os.defpath, "RAY_AUTH_TOKEN": "old"}
+    said = subprocess.run(shell, env=environment, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("/private/a token\n") and "RAY_" not in said
+
+
+def test_gpus_that_this_machine_does_not_have_are_pointed_out(folder, monkeypatch, capfd):
+    monkeypatch.setattr(LocalCluster, "up", lambda *args, **kwargs: ["head"])
+    monkeypatch.setattr("jobs.cluster._result", lambda cluster: {})
+    monkeypatch.setattr("jobs.cluster._exports", lambda cluster: "")
+    monkeypatch.setattr(LocalCluster, "url", "http://x")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    up = ["cluster", "up", "--dir", str(folder), "--gpus", "1", "--nodes"]
+    assert main([*up, "1"]) == main([*up, "2"]) == 0
+    assert "warning" not in capfd.readouterr().err
+    assert main([*up, "3"]) == 0
+    assert "Ray will count 2 GPUs; NVIDIA's driver shows 1" in capfd.readouterr().err
+
+
+def test_a_command_that_waits_for_another_says_so(folder, capfd):
+    said = ""
+
+    def waits() -> bool:
+        nonlocal said
+        said += capfd.readouterr().err
+        return "waiting" in said
+
+    command = threading.Thread(target=main, args=(["cluster", "down", "--dir", str(folder)],))
+    with locked(folder):
+        command.start()
+        wait_until(waits)
+    command.join()
+    assert "there is none" in said + capfd.readouterr().err
 
 
 # ------------------------------------------------------------------------ real Ray

@@ -8,8 +8,10 @@ import pytest
 
 from cluster.submit import (
     EXCLUDES,
+    JobServer,
     SecretError,
     SubmitError,
+    TokenError,
     entrypoint,
     job_environment,
     job_status,
@@ -64,10 +66,25 @@ def test_a_server_that_is_not_there_is_worth_another_try():
 
 
 def test_a_missing_token_is_one_line_that_says_what_to_set(server):
+    """And no reason to try again: it would be missing for ever."""
     server.refuse_with = 401
-    with pytest.raises(SubmitError, match="RAY_AUTH_TOKEN_PATH") as caught:
+    with pytest.raises(TokenError, match="RAY_AUTH_TOKEN_PATH") as caught:
         submit_job(server.address, ["pairs"], submission_id="a")
-    assert caught.value.transient and "\n" not in str(caught.value)
+    assert not caught.value.transient and "\n" not in str(caught.value)
+    server.token = "another"
+    with pytest.raises(TokenError) as caught:
+        JobServer(server.address)
+    assert not caught.value.transient
+
+
+@pytest.mark.parametrize("environment", [{}, {"RAY_AUTH_TOKEN": "old"}])
+def test_a_token_that_is_given_is_the_one_that_is_sent(server, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    server.token = "given"
+    found = JobServer(server.address, "given")
+    submit_job(found, ["pairs"], submission_id="a")
+    assert job_status(found, "a") == "RUNNING"
 
 
 def test_the_address_given_wins_over_the_environment(server, monkeypatch):
@@ -138,6 +155,17 @@ def test_outputs_environments_and_foreign_weights_stay_at_home(tmp_path):
         "jobs/assets/id.key",
         ".aws/config",
         "a/credentials.json",
+        "prod.env",
+        ".netrc",
+        ".npmrc",
+        ".pypirc",
+        ".git-credentials",
+        ".ssh/known_hosts",
+        ".kube/config",
+        "keys/id_rsa",
+        "jobs/assets/id_ed25519.old",
+        "tls.p12",
+        "tls.pfx",
     ]
     left = [
         *secret,

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from collections import namedtuple
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import PackageNotFoundError
@@ -23,6 +22,7 @@ from jobs.session import open_session
 from pipelines.config import StorageSection
 from pipelines.placement import NodeFacts
 from pipelines.storage import open_store
+from tests.cluster.fake_job_server import job_server, remember
 from tests.s3_servers import careless_server, new_bucket
 
 DEAD = "http://127.0.0.1:1"
@@ -241,15 +241,28 @@ def test_a_cluster_that_is_not_there(address):
 
 
 def test_a_cluster_of_another_ray(monkeypatch):
-    monkeypatch.setitem(
-        sys.modules,
-        "cluster.job_server",
-        SimpleNamespace(
-            JobServer=lambda address: SimpleNamespace(ray_version="2.40.0"), SubmitError=OSError
-        ),
-    )
+    server = SimpleNamespace(ray_version="2.40.0")
+    monkeypatch.setattr("jobs.doctor_cluster.connect", lambda address: server)
     (check,) = check_cluster(load_recipe("tiny", []), "http://head:8265")
     assert check.status == "fail" and "Ray 2.40.0" in check.found and "constraints" in check.advice
+
+
+def test_the_local_cluster_is_looked_at_with_its_token(monkeypatch, tmp_path):
+    """By its address, and as the one that `dmd submit` takes while the work runs here."""
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    recipe = load_recipe("tiny", [])
+    assert "job server" not in [check.name for check in check_cluster(recipe, None)]
+    with job_server() as fake:
+        remember(fake, tmp_path, "secret")
+        (check,) = check_cluster(recipe, fake.address)
+        assert check.status == "ok"
+        assert [check.status for check in check_cluster(recipe, None)][-1] == "ok"
+        fake.token = "another"
+        beside = check_cluster(recipe, None)[-1]
+    assert (beside.name, beside.status) == ("job server", "warn")
+    assert "wants another token" in beside.found
 
 
 def test_room_for_the_work_of_a_recipe(monkeypatch):

@@ -12,12 +12,13 @@ import pytest
 import jobs.schedule
 import jobs.schedule_table
 from cluster.schedule import Entry, Job, Result, ScheduleError
-from cluster.submit import SubmitError
+from cluster.submit import SubmitError, TokenError
 from jobs.cli import main
 from jobs.errors import Exit
 from jobs.schedule_table import ScheduleTable
-from jobs.schedule_tick import tick
+from jobs.schedule_tick import RayJobs, tick
 from pipelines.storage import open_store
+from tests.cluster.fake_job_server import job_server, remember
 from tests.fault_proxy import Fault, FaultProxy
 
 START = datetime(2026, 3, 1, 0, 30, tzinfo=UTC)
@@ -87,6 +88,7 @@ def world(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(jobs.schedule, "RayJobs", lambda address: world.jobs)
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no local cluster
     monkeypatch.chdir(tmp_path)
     return world
 
@@ -353,6 +355,34 @@ def test_a_tick_that_could_not_submit_says_so_by_its_exit_code(world):
     world.jobs.down = False
     world.now += timedelta(minutes=2)
     assert world.dmd("tick")[0] == Exit.OK and len(world.jobs.submitted) == 1
+
+
+def test_a_wrong_token_is_refused_and_costs_no_slot(world, monkeypatch):
+    world.dmd("add", "0 * * * *", "--", "pairs")
+    world.now = hour(1)
+
+    def submit(entry: Entry, job: Job) -> bool:
+        raise TokenError("another token")
+
+    with monkeypatch.context() as wrong:
+        wrong.setattr(world.jobs, "submit", submit)
+        code, _, said = world.dmd("tick")
+    assert code == Exit.REFUSED and "waiting" in said and "another token" in said
+    world.now += timedelta(minutes=2)
+    assert world.dmd("tick")[0] == Exit.OK and len(world.jobs.submitted) == 1
+
+
+def test_the_local_cluster_is_found_with_its_token(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs.schedule, "RayJobs", RayJobs)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "another cluster's")
+    world.dmd("add", "0 * * * *", "--", "pairs")
+    world.now = hour(1)
+    with job_server() as fake:
+        remember(fake, tmp_path, "secret")
+        assert world.dmd("tick")[0] == Exit.OK
+        fake.end(next(iter(fake.jobs)))
+        world.now = hour(2)
+        assert world.dmd("tick")[0] == Exit.OK and len(fake.jobs) == 2
 
 
 def test_any_slot_that_failed_for_good_decides_the_exit_code(world, monkeypatch):

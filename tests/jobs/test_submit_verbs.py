@@ -1,7 +1,6 @@
 """`dmd submit`, `attach`, `jobs`, `logs`, `stop` against a job server with faults on demand."""
 
 import json
-import os
 
 import pytest
 
@@ -9,7 +8,7 @@ from cluster.submit import EXCLUDES
 from jobs import job_client
 from jobs.cli import main
 from jobs.errors import Exit, JobError
-from tests.cluster.fake_job_server import job_server
+from tests.cluster.fake_job_server import job_server, remember
 
 RECIPE = "run: {dir: /shared/run}\npairs: {prompts: /shared/prompts.txt}\n"
 
@@ -428,19 +427,34 @@ def test_the_address_comes_from_the_environment_when_it_is_one(fake, monkeypatch
     assert len(fake.jobs) == 1
 
 
-def test_the_local_cluster_is_the_default_with_its_token(fake, tmp_path, monkeypatch):
-    from cluster.nodes import Place, Size
-    from cluster.record import ClusterRecord, default_folder, write_record
+@pytest.mark.parametrize("variable", ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"])
+def test_the_local_cluster_is_the_default_with_its_own_token(
+    fake, tmp_path, monkeypatch, capfd, variable
+):
+    """Ray was imported before, in another mode, and the environment names another cluster's."""
+    import ray  # noqa: F401
 
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.setenv(name, "another cluster's")
-    default_folder().mkdir(parents=True)
-    place = Place("/tmp/nowhere", 1, str(tmp_path / "token"))
-    size = Size(nodes=1, cpus=1, gpus=0, object_store_mb=100)
-    write_record(default_folder(), ClusterRecord(place, fake.address, "127.0.0.1", size))
+    monkeypatch.setenv(variable, "/another/cluster's")
+    remember(fake, tmp_path, "secret")
+    assert main(["submit", "pairs", "--config", "my.yaml", "--no-wait"]) == 0
+    assert main(["jobs"]) == main(["jobs", "--address", fake.address + "/"]) == 0
+    (tmp_path / "token").write_text("old")
+    assert main(["jobs"]) == Exit.REFUSED
+    assert "wants another token" in capfd.readouterr().err
+    (tmp_path / "token").unlink()
+    assert main(["jobs"]) == Exit.REFUSED
+    assert "`dmd cluster up` make a new one" in capfd.readouterr().err
+
+
+def test_a_local_cluster_without_a_token_is_sent_none(fake, tmp_path):
+    remember(fake, tmp_path, None)
+    assert main(["jobs"]) == 0
+    assert set(fake.given) == {""}  # with a header Ray looks for no token
+
+
+def test_an_address_is_one_of_a_job_server(fake, tmp_path):
+    remember(fake, tmp_path, None)
     assert job_client.find_address(None) == fake.address
-    assert os.environ["RAY_AUTH_MODE"] == "token"
-    assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(tmp_path / "token")
     assert job_client.find_address(fake.address + "/") == fake.address
     assert job_client.find_address("elsewhere:8265") == "http://elsewhere:8265"
     with pytest.raises(JobError, match="expected the job server's"):
