@@ -35,7 +35,7 @@ def check_lora(modules: Iterable[str], settings: LoraSettings) -> None:
     """Fail at the door: is peft there, and does every target name a layer of `modules`?"""
     if find_spec("peft") is None:
         raise LoraError(
-            "train.trainable: lora needs peft; install the extra: pip install 'one-step-dmd[lora]'"
+            "train.trainable: lora needs peft; install the extra: pip install -e '.[lora]'"
         )
     names = [f".{name}" for name in modules]
     for target in settings.targets:

@@ -90,7 +90,15 @@ def test_the_builder_is_sent_what_is_copied_and_no_more():
     }
     assert next(rule for rule in rules if not rule.startswith("#")) == "*"
     assert kept == copied
-    for secret in (".env", "jobs/.env.local", "cluster/node.pem"):
+    secrets = (
+        ".env",
+        "jobs/.env.local",
+        "cluster/node.pem",
+        ".netrc",
+        "jobs/id_rsa",
+        "cluster/.kube",
+    )
+    for secret in secrets:
         assert any(fnmatch(f"/{secret}", rule.replace("**", "*")) for rule in rules if "*/" in rule)
 
 
@@ -150,3 +158,12 @@ def test_the_tag_of_the_image_is_the_projects_version():
     image = yaml.safe_load((FOLDER / "aws.yaml").read_text())["docker"]["image"]
     assert image.endswith(f":{project()['version']}")
     assert image in (FOLDER / "Dockerfile").read_text()
+
+
+def test_nobody_is_told_to_install_this_package_by_name():
+    """It is not published: who publishes something under that name would be installed."""
+    folders = ("cluster", "dmd_core", "docs", "jobs", "pipelines")
+    files = [ROOT / "README.md", *(file for f in folders for file in (ROOT / f).rglob("*"))]
+    told = [file for file in files if file.suffix in (".md", ".py", ".yaml")]
+    named = re.compile(r"pip install[^\n]*one[-_]step[-_]dmd")
+    assert [file.name for file in told if named.search(file.read_text())] == []

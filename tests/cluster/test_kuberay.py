@@ -18,7 +18,8 @@ from jobs.cli import VERBS, _options
 from tests.cluster import kubernetes_schemas as schemas
 from tests.cluster.pools import check_pools
 
-FOLDER = schemas.ROOT / "cluster" / "kuberay"
+ROOT = schemas.ROOT
+FOLDER = ROOT / "cluster" / "kuberay"
 FILES = {path.name: yaml.safe_load(path.read_text()) for path in sorted(FOLDER.glob("*.yaml"))}
 OURS = {name: content for name, content in FILES.items() if content["kind"] != "CronJob"}
 CLUSTER = FILES["raycluster.yaml"]
@@ -57,6 +58,20 @@ def test_the_file_fits_its_schema(name):
     identity = content["metadata"]["name"]
     assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", identity)
     assert len(identity) <= LONGEST_NAME[content["kind"]]  # longer names are derived from it
+
+
+@pytest.mark.parametrize("path", [FOLDER / "rayjob-pipeline.yaml", ROOT / "docs" / "cluster.md"])
+def test_the_pipelines_log_is_asked_for_when_there_is_one(path):
+    """Its job comes when its cluster is ready, and its pod after that."""
+    steps = (
+        "apply -f cluster/kuberay/rayjob-pipeline",
+        "wait --for=create",
+        "ready}'=1",
+        "logs -f",
+    )
+    text = path.read_text()
+    places = [text.index(step) for step in steps]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from botocore.configprovider import BOTOCORE_DEFAUT_SESSION_VARIABLES
 from botocore.session import get_session
 from botocore.validate import ParamValidator
 from jsonschema import ValidationError
@@ -111,12 +112,21 @@ def test_who_may_do_what():
     assert not any(source["CidrIp"].startswith("0.0.0.0") for source in ssh["IpRanges"])
 
 
+ENVIRONMENT = dict(
+    option.removeprefix("-e ").split("=", 1)
+    for option in CONFIG["docker"]["run_options"]
+    if option.startswith("-e ")
+)
+
+
+def test_the_store_is_sought_in_the_clusters_region():
+    """In the variable that the store's client reads."""
+    _, variable, *_ = BOTOCORE_DEFAUT_SESSION_VARIABLES["region"]
+    assert ENVIRONMENT[variable] == CONFIG["provider"]["region"]
+
+
 def test_the_token_is_on_and_the_dashboard_on_loopback():
-    environment = dict(
-        option.removeprefix("-e ").split("=", 1)
-        for option in CONFIG["docker"]["run_options"]
-        if option.startswith("-e ")
-    )
+    environment = ENVIRONMENT
     assert environment["RAY_AUTH_MODE"] == "token"
     # Where the token is, not the token.
     assert {name for name in environment if names_secret(name)} == {"RAY_AUTH_TOKEN_PATH"}
