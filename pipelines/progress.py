@@ -1,9 +1,18 @@
 """How workers tell the driver where they are: one tiny Ray actor that holds counters."""
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import ray
+
+
+@dataclass(frozen=True)
+class DeviceFault:
+    """The rows `pair_ids` were in one solve when a worker's device failed for this `reason`."""
+
+    pair_ids: tuple[int, ...]
+    reason: str
 
 
 @ray.remote(num_cpus=0)
@@ -15,6 +24,7 @@ class ProgressBoard:
         self._done = 0
         self._fields: dict[str, Any] = {}
         self._failure: Exception | None = None
+        self._device_faults: list[DeviceFault] = []
 
     def advance(self, count: int, rejected: int = 0, busy_s: float = 0.0) -> None:
         """`busy_s`: seconds that a worker spent on these rows."""
@@ -34,6 +44,13 @@ class ProgressBoard:
 
     def failure(self) -> Exception | None:
         return self._failure
+
+    def note_device_fault(self, fault: DeviceFault) -> None:
+        """The last word of a process whose device is lost, for the one after it."""
+        self._device_faults.append(fault)
+
+    def device_faults(self) -> list[DeviceFault]:
+        return self._device_faults
 
     def read(self) -> tuple[int, dict[str, Any]]:
         return self._done, dict(self._fields)

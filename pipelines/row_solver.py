@@ -8,7 +8,7 @@ neighbours failed.
 
 import gc
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,24 @@ _DEVICE_TEXTS = (
     "STATUS_EXECUTION_FAILED",
 )
 _REASON_CHARACTERS = 500
+
+
+class DeviceFaultError(RuntimeError):
+    """The device is lost to this process, in a solve of the `rows` (indices of the call)."""
+
+    def __init__(self, reason: str, rows: tuple[int, ...]) -> None:
+        super().__init__(reason)
+        self.rows = rows
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """Of a row: how many solves with others, and how many of it alone, lost a process its device;
+    the last of them for this `reason`."""
+
+    shared: int
+    alone: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -78,7 +96,9 @@ class RowSolver:
     - Another error of the teacher: the batch is halved down to single rows. A row that raises alone
       `attempts` times (after the rest of its batch had its turn each time) is a fault.
     - Latents that are not finite in `dtype` are a fault at once: the row would give them again.
-    - An error that leaves the device unusable is passed on as it is: a new process is needed.
+    - An error that leaves the device unusable is `DeviceFaultError`: a new process has to go on and
+      say what is known of the rows. They are halved from process to process; one that was alone
+      `attempts` times is a fault.
     - No usable row among as many in succession as fill two batches: bad rows alone, as when only
       rejected rows are tried again, or a broken teacher or device, which would reject everything
       that is left. `probe` decides, a prompt that the teacher takes if it takes any. If it is
@@ -115,30 +135,55 @@ class RowSolver:
         noise: torch.Tensor,
         prompts: Sequence[str],
         negative_prompts: Sequence[str | None],
+        suspicions: Mapping[int, Suspicion] | None = None,
     ) -> Solved:
-        """Latents of the rows `noise` (B,C,h,w), `prompts`, `negative_prompts`; B may be 0."""
-        solved = self._sort_out(_Rows(noise, tuple(prompts), tuple(negative_prompts)))
+        """Latents of the rows `noise` (B,C,h,w), `prompts`, `negative_prompts`; B may be 0.
+        `suspicions`: of some of them, by index."""
+        rows = _Rows(noise, tuple(prompts), tuple(negative_prompts))
+        solved = self._sort_out(rows, suspicions or {})
         self._failed_in_a_row = 0 if solved.kept else self._failed_in_a_row + len(solved.faults)
         if self._failed_in_a_row >= self._patience:
             self._check_teacher(noise[:1], solved.faults[-1])
         return solved
 
+    def check_device(self, noise: torch.Tensor) -> None:
+        """In a new process after a `DeviceFaultError`: raise `TeacherError` if the device fails
+        with the probe, too. `noise` (1,C,h,w) may be any."""
+        self._solve_probe(noise)
+
     def _check_teacher(self, noise: torch.Tensor, last: RowFault) -> None:
-        plain = self._sort_out(_Rows(noise, (self._probe,), (None,)))
+        plain = self._solve_probe(noise)
         if plain.faults:
-            probe = f"the prompt {self._probe!r}" if self._probe else "the empty prompt"
             raise TeacherError(
                 f"none of {self._failed_in_a_row} rows in succession could be solved, nor could "
-                f"{probe}: {plain.faults[0].reason} (the last row: {last.reason}). "
+                f"{self._probe_name}: {plain.faults[0].reason} (the last row: {last.reason}). "
                 "The teacher, its settings or the device is at fault, not the rows"
             )
         self._failed_in_a_row = 0
 
-    def _sort_out(self, rows: _Rows) -> Solved:
+    def _solve_probe(self, noise: torch.Tensor) -> Solved:
+        try:
+            return self._sort_out(_Rows(noise, (self._probe,), (None,)), {})
+        except DeviceFaultError as error:
+            raise TeacherError(
+                f"the device fails with {self._probe_name}, too: {error}. "
+                "The teacher, its settings or the device is at fault, not the rows"
+            ) from error
+
+    @property
+    def _probe_name(self) -> str:
+        return f"the prompt {self._probe!r}" if self._probe else "the empty prompt"
+
+    def _sort_out(self, rows: _Rows, suspicions: Mapping[int, Suspicion]) -> Solved:
         latents = torch.empty(rows.noise.shape, dtype=self._dtype)
         tried: Counter[int] = Counter()
-        faults: dict[int, RowFault] = {}
-        pending = deque([list(range(len(rows.noise)))] if len(rows.noise) else [])
+        faults = {
+            row: RowFault(row, found.reason, found.alone)
+            for row, found in suspicions.items()
+            if found.alone >= self._attempts
+        }
+        left = [row for row in range(len(rows.noise)) if row not in faults]
+        pending = deque(self._groups(left, suspicions))
         while pending:
             group = pending.popleft()
             if len(group) > self._size:
@@ -172,6 +217,18 @@ class RowSolver:
         kept = tuple(row for row in solved if finite[row])
         return Solved(kept, latents[list(kept)], tuple(faults[row] for row in sorted(faults)))
 
+    def _groups(
+        self, rows: Sequence[int], suspicions: Mapping[int, Suspicion]
+    ) -> Iterator[list[int]]:
+        """Rows that shared n solves of lost devices, in groups of a batch halved n times."""
+        by_count: dict[int, list[int]] = {}
+        for row in rows:
+            count = suspicions[row].shared if row in suspicions else 0
+            by_count.setdefault(count, []).append(row)
+        for count, members in by_count.items():
+            size = max(1, self._size >> count) if count else len(members)
+            yield from (members[i : i + size] for i in range(0, len(members), size))
+
     def _attempt(self, rows: _Rows, group: list[int]) -> torch.Tensor | _Failure:
         """Latents of the rows in `group`, in the stored dtype, or what kept them from being made.
 
@@ -190,7 +247,7 @@ class RowSolver:
         except TEACHER_ERRORS as error:
             memory = is_out_of_memory(error)
             if not memory and is_device_fault(error):
-                raise
+                raise DeviceFaultError(describe(error), tuple(group)) from error
             return _Failure(describe(error), memory)
 
 

@@ -1,11 +1,14 @@
 """Stations 2–4 inside one worker: seeds → noise → teacher ODE → rows, and the reject lane."""
 
+import logging
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
+import ray
 import torch
 
 from dmd_core.compilation import compile_network
@@ -15,10 +18,13 @@ from dmd_core.types import PairBatch
 from pipelines.computing import prepare_computing
 from pipelines.config import PairsSection, StorageSection
 from pipelines.pairs import Fingerprint, encode_pairs
+from pipelines.progress import DeviceFault
 from pipelines.rejects import RejectedRow, write_rejects
-from pipelines.row_solver import RowSolver
+from pipelines.row_solver import DeviceFaultError, RowSolver, Suspicion
 from pipelines.storage import Store
 from pipelines.teacher_source import local_teacher
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,9 @@ class TeacherActor:
     """The teacher, loaded once; called with landed rows, returns rows of pairs.
 
     A landed row is (pair_id, prompt, seed) and may have a negative_prompt; null: the section's.
+
+    A process whose device is lost says on the board which rows it had, and ends: Ray starts the
+    actor again and repeats its blocks.
     """
 
     def __init__(self, task: TeacherTask) -> None:
@@ -74,6 +83,10 @@ class TeacherActor:
             dtype=self._dtype,
             probe=_probe(self._teacher),
         )
+        self._device_faults: list[DeviceFault] = []
+        if task.board is not None:
+            self._device_faults = ray.get(task.board.device_faults.remote())
+        self._unchecked = bool(self._device_faults)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         prepare_computing(self._section.threads_per_actor, self._task.workers)
@@ -84,7 +97,13 @@ class TeacherActor:
             negatives = rows["negative_prompt"].to_pylist()
         noise = sample_noise(seeds, self._shape, self._dtype)
         started = time.perf_counter()
-        solved = self._solver(noise, prompts, negatives)
+        if self._unchecked and ids:
+            self._solver.check_device(noise[:1])
+            self._unchecked = False
+        try:
+            solved = self._solver(noise, prompts, negatives, self._suspicions(ids))
+        except DeviceFaultError as error:
+            self._end_process(DeviceFault(tuple(ids[row] for row in error.rows), str(error)))
         busy = time.perf_counter() - started
         if solved.faults:
             rejected = [
@@ -110,6 +129,26 @@ class TeacherActor:
         if self._task.board is not None:
             self._task.board.advance.remote(len(ids), rejected=len(solved.faults), busy_s=busy)
         return table
+
+    def _suspicions(self, ids: Sequence[int]) -> Mapping[int, Suspicion]:
+        """Of the rows `ids`, by index: what processes that lost their device said of them."""
+        found: dict[int, Suspicion] = {}
+        where = {pair_id: row for row, pair_id in enumerate(ids)}
+        for fault in self._device_faults:
+            alone = len(fault.pair_ids) == 1
+            for row in (where[pair_id] for pair_id in fault.pair_ids if pair_id in where):
+                before = found.get(row, Suspicion(0, 0, ""))
+                found[row] = Suspicion(
+                    before.shared + (not alone), before.alone + alone, fault.reason
+                )
+        return found
+
+    def _end_process(self, fault: DeviceFault) -> NoReturn:
+        _logger.error("the device is lost to this process: %s", fault.reason)
+        if self._task.board is None:
+            raise TeacherError(f"the device is lost: {fault.reason}")
+        ray.get(self._task.board.note_device_fault.remote(fault))
+        os._exit(1)  # an orderly exit would be no reason for Ray to start the actor again
 
     def _solve(
         self, eps: torch.Tensor, prompts: Sequence[str], negatives: Sequence[str | None]

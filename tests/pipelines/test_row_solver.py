@@ -11,7 +11,7 @@ import torch
 
 from dmd_core.noise import sample_noise
 from dmd_core.teacher import TeacherError
-from pipelines.row_solver import RowSolver
+from pipelines.row_solver import DeviceFaultError, RowSolver, Suspicion
 
 SHAPE = (2, 3, 3)
 NOT_FINITE = "the latents are not finite in float16"
@@ -207,17 +207,15 @@ def test_a_row_that_does_not_fit_alone_is_rejected_and_the_others_are_kept():
 # ---------------------------------------------------------------- what is not a row's fault
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.AcceleratorError("CUDA error: unknown error"),
-        RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be…"),
-        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
-        TypeError("a fault of the program"),
-        KeyboardInterrupt(),
-    ],
-)
-def test_a_lost_device_and_a_fault_of_the_program_are_passed_on_at_once(error):
+LOST_DEVICE = [
+    torch.AcceleratorError("CUDA error: unknown error"),
+    RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be…"),
+    RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+]
+
+
+@pytest.mark.parametrize("error", [TypeError("a fault of the program"), KeyboardInterrupt()])
+def test_a_fault_of_the_program_is_passed_on_at_once(error):
     calls = []
 
     def solve(eps, prompts, negatives):
@@ -227,6 +225,61 @@ def test_a_lost_device_and_a_fault_of_the_program_are_passed_on_at_once(error):
     with pytest.raises(type(error)) as caught:
         solver_of(solve)(*rows_of(range(4)))
     assert caught.value is error and calls == [4]
+
+
+@pytest.mark.parametrize("error", LOST_DEVICE)
+def test_a_lost_device_names_the_rows_of_the_solve_at_once(error):
+    calls = []
+
+    def solve(eps, prompts, negatives):
+        calls.append(len(eps))
+        if "p5" in prompts:
+            raise error
+        return eps
+
+    with pytest.raises(DeviceFaultError, match=f"^{type(error).__name__}: .*$") as caught:
+        solver_of(solve)(*rows_of(range(8)))
+    assert caught.value.rows == (4, 5, 6, 7) and calls == [4, 4]
+
+
+@pytest.mark.parametrize(("batch_size", "attempts"), [(8, 3), (6, 1), (1, 2)])
+def test_from_process_to_process_the_rows_at_fault_are_found(batch_size, attempts):
+    """Each turn of the loop is a new process that is told what those before it have seen."""
+    cursed, processes, suspicions = {"p2", "p7"}, 0, {}
+
+    class Cursed(MadeTeacher):
+        def __call__(self, eps, prompts, negatives):
+            if cursed & set(prompts):
+                raise torch.AcceleratorError("CUDA error: unspecified launch failure")
+            return super().__call__(eps, prompts, negatives)
+
+    rows = rows_of(range(10))
+    while True:
+        processes += 1
+        try:
+            solved = solver_of(Cursed(), batch_size, attempts)(*rows, suspicions)
+            break
+        except DeviceFaultError as fault:
+            alone = len(fault.rows) == 1
+            for row in fault.rows:
+                seen = suspicions.get(row, Suspicion(0, 0, ""))
+                suspicions[row] = Suspicion(seen.shared + (not alone), seen.alone + alone, "lost")
+    assert_solved(solved, rows, cursed)
+    assert {(fault.reason, fault.attempts) for fault in solved.faults} == {("lost", attempts)}
+    halvings = batch_size.bit_length() - 1
+    assert processes <= 1 + len(cursed) * (halvings + attempts)
+
+
+def test_a_device_that_fails_with_the_probe_is_at_fault_itself():
+    def solve(eps, prompts, negatives):
+        raise torch.AcceleratorError("CUDA error: unknown error")
+
+    noise, _, _ = rows_of(range(1))
+    with pytest.raises(
+        TeacherError, match=r"the device fails with the prompt 'x', too: Acc.* CUDA"
+    ):
+        solver_of(solve, probe="x").check_device(noise)
+    solver_of(MadeTeacher(bad=[""])).check_device(noise)  # whatever else it cannot do
 
 
 def test_an_error_that_shows_when_the_results_are_fetched_is_the_teacher_s():

@@ -3,6 +3,7 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -163,6 +164,7 @@ def test_the_board_hears_of_rows_rejects_and_busy_seconds(make_actor, monkeypatc
 
     class Board:
         advance = Advance()
+        device_faults = SimpleNamespace(remote=list)
 
     def solve(self, eps, prompts, **options):
         now[0] += 8.0
@@ -172,10 +174,79 @@ def test_the_board_hears_of_rows_rejects_and_busy_seconds(make_actor, monkeypatc
 
     now = [50.0]
     monkeypatch.setattr(Teacher, "solve", solve)
+    monkeypatch.setattr(teacher_actor.ray, "get", lambda found: found)
     actor = make_actor(board=Board())
     monkeypatch.setattr(teacher_actor.time, "perf_counter", lambda: now[0])
     actor(rows(3))
     assert told == [(3, 1, 8.0)]
+
+
+# ------------------------------------------------- devices that are lost
+
+
+class Ended(BaseException):
+    """In place of the end of the process."""
+
+
+@pytest.fixture
+def board(monkeypatch):
+    """A `ProgressBoard` without Ray, and processes that end by raising `Ended`."""
+    kept = SimpleNamespace(faults=[])
+
+    def end(code):
+        raise Ended
+
+    monkeypatch.setattr(teacher_actor.os, "_exit", end)
+    monkeypatch.setattr(teacher_actor.ray, "get", lambda found: found)
+    for name, method in {
+        "advance": lambda *rows, **fields: None,
+        "device_faults": lambda: list(kept.faults),
+        "note_device_fault": kept.faults.append,
+    }.items():
+        setattr(kept, name, SimpleNamespace(remote=method))
+    return kept
+
+
+def lose_the_device(monkeypatch, word):
+    solve = Teacher.solve
+
+    def losing(self, eps, prompts, **options):
+        if any(word in prompt for prompt in prompts):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access\nmore of it")
+        return solve(self, eps, prompts, **options)
+
+    monkeypatch.setattr(Teacher, "solve", losing)
+
+
+def test_a_row_that_takes_its_device_along_is_rejected_by_later_processes(
+    make_actor, board, monkeypatch, tmp_path
+):
+    lose_the_device(monkeypatch, "fox 2")
+    for _ in range(2 + SECTION.attempts):  # four rows, two rows, then the row alone
+        with pytest.raises(Ended):
+            make_actor(board=board)(rows(4))
+    assert [fault.pair_ids for fault in board.faults] == [(0, 1, 2, 3), (2, 3), (2,), (2,)]
+    found = decode_pairs(make_actor(board=board)(rows(4)))
+    assert found.pair_ids == (0, 1, 3)
+    (rejected,) = rejects_in(tmp_path)
+    reason = "AcceleratorError: CUDA error: an illegal memory access"
+    assert (rejected["pair_id"], rejected["attempts"]) == (2, SECTION.attempts)
+    assert rejected["reason"] == board.faults[0].reason == reason
+
+
+def test_a_device_that_is_lost_again_without_a_row_ends_the_run(make_actor, board, monkeypatch):
+    lose_the_device(monkeypatch, "")
+    with pytest.raises(Ended):
+        make_actor(board=board)(rows(4))
+    with pytest.raises(TeacherError, match="the device fails with the empty prompt, too: Acc"):
+        make_actor(board=board)(rows(4))
+    assert len(board.faults) == 1
+
+
+def test_without_a_board_a_lost_device_is_an_error(make_actor, monkeypatch):
+    lose_the_device(monkeypatch, "fox")
+    with pytest.raises(TeacherError, match="the device is lost: AcceleratorError: CUDA error"):
+        make_actor()(rows(4))
 
 
 # ------------------------------------------------- teachers that are damaged for some prompts
