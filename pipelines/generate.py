@@ -14,6 +14,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext, SaveMode
 from ray.data.checkpoint import CheckpointConfig
 
+from dmd_core.files import is_local
 from pipelines.landed import table_ids
 from pipelines.lease import Lease
 from pipelines.ledger import finished_ids, forget_lost_files
@@ -101,10 +102,15 @@ def _write_missing_rows(task: TeacherTask, file: LandedFile, lease: Lease) -> No
             num_gpus=section.gpus_per_actor,
             **section.placement.options(),
         )
-        # Any other mode than append empties the folder, or refuses to go on.
+        data = root.path(task.fingerprint.folder, "data")
+        if is_local(root.fs):
+            root.fs.makedirs(data, exist_ok=True)
+        # Any other mode than append empties the folder, or refuses to go on. A folder that Ray has
+        # made it also removes when it has written nothing, whatever another writer put there since.
         pairs.write_parquet(
-            root.path(task.fingerprint.folder, "data"),
+            data,
             filesystem=root.arrow,
+            try_create_dir=False,
             mode=SaveMode.APPEND,
             filename_provider=FencedNames(lease.fence),
             row_group_size=section.row_group_rows,
@@ -122,6 +128,8 @@ def _pool(actors) -> ActorPoolStrategy:
 def _context(task: TeacherTask) -> DataContext:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
+    # One block may take an hour, and so may the nodes that teachers wait for.
+    context.execution_no_progress_timeout_s = -1
     context.retried_io_errors = [*context.retried_io_errors, *_RETRIED]
     checkpoint = CheckpointConfig(
         id_column="pair_id",

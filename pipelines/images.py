@@ -99,7 +99,9 @@ def make_images(
         return
     where = _Target(root, folders, len(prompts))
     counts = (
-        _on_ray(batches, plan, networks, where, pool)
+        _on_ray(batches, plan, networks, where, pool).iter_batches(
+            batch_size=None, batch_format="pyarrow"
+        )
         if pool.actors
         else map(_SamplerActor(plan, networks, where), batches)
     )
@@ -124,24 +126,27 @@ def _on_ray(
     networks: Networks,
     where: _Target,
     pool: SamplerPool,
-) -> Iterator[pa.Table]:
-    # One block is one batch, so a picture's batch mates do not depend on what was there before.
-    dataset = ray.data.from_arrow(batches).map_batches(
-        _SamplerActor,
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=pool.actors),
-        fn_constructor_kwargs={
-            "plan": plan,
-            "networks": networks,
-            "where": where,
-            "workers": workers_per_machine(pool.actors),
-        },
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus,
-        **pool.where,
-    )
-    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+) -> ray.data.Dataset:
+    context = ray.data.DataContext.get_current().copy()
+    # One batch may take an hour, and so may the nodes that samplers wait for.
+    context.execution_no_progress_timeout_s = -1
+    with ray.data.DataContext.current(context):  # a data set keeps that of its making
+        # One block is one batch, so a picture's batch mates do not depend on what was there before.
+        return ray.data.from_arrow(batches).map_batches(
+            _SamplerActor,
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=pool.actors),
+            fn_constructor_kwargs={
+                "plan": plan,
+                "networks": networks,
+                "where": where,
+                "workers": workers_per_machine(pool.actors),
+            },
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
+            **pool.where,
+        )
 
 
 def _missing_batches(

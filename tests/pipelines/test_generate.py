@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from ray.data import DataContext
+from ray.data._internal.execution.no_progress_guard import NoProgressGuard
 
 from dmd_core.noise import sample_noise
 from dmd_core.teacher import teacher_revision
@@ -27,6 +28,7 @@ from pipelines.pairs import fingerprint_of
 from pipelines.progress import ProgressBoard
 from pipelines.prompts import PromptSource
 from pipelines.storage import open_store
+from pipelines.teacher_actor import TeacherTask
 from pipelines.teacher_source import local_teacher
 from tests.conftest import CAPTIONS
 from tests.pipelines.made_pairs import FINGERPRINT, write_file
@@ -260,6 +262,15 @@ def wait_until_quiet(root):
         now = committed_rows(root)
         rows, quiet = now, quiet + 1 if now == rows else 0
     return rows
+
+
+def test_a_slow_run_is_not_given_up(tmp_path):
+    """By default Ray Data ends an execution in which no block moves for half an hour."""
+    root = open_store(str(tmp_path / "set"))
+    task = TeacherTask(SECTION, "nowhere", StorageSection(), root, FINGERPRINT, {})
+    assert DataContext.get_current().execution_no_progress_timeout_s > 0
+    timeout = generate._context(task).execution_no_progress_timeout_s
+    assert not NoProgressGuard({}, timeout).enabled
 
 
 def test_ledger_entries_without_their_data_are_forgotten(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 import torch
 from diffusers import DiffusionPipeline
+from ray.data import DataContext
 
 from dmd_core.export import student_scheduler
 from dmd_core.features import latent_features
@@ -19,6 +20,7 @@ from dmd_core.metrics import Estimate
 from dmd_core.miniature import build_scheduler
 from dmd_core.noise import sample_noise
 from dmd_core.ode import make_scheduler, solvers_for
+from pipelines import images
 from pipelines.config import EvaluateSection, PairsSection, StorageSection
 from pipelines.evaluation import NOISE, NOISE_PROMPTS, evaluate, verdict
 from pipelines.images import SamplerPool, image_folders, make_images
@@ -355,3 +357,13 @@ def test_too_few_prompts_are_refused(networks, tmp_path):
             provenance={},
         )
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_a_slow_evaluation_is_not_given_up(ray_cluster, plan, networks, tmp_path):
+    """By default Ray Data ends an execution in which no batch is finished for half an hour."""
+    root, folders = open_store(str(tmp_path)), {"teacher": "x/teacher"}
+    batches = list(images._missing_batches(root, folders, PROMPTS, plan))
+    where = images._Target(root, folders, len(PROMPTS))
+    found = images._on_ray(batches, plan, networks, where, SamplerPool())
+    assert found.context.execution_no_progress_timeout_s == -1
+    assert DataContext.get_current().execution_no_progress_timeout_s > 0
