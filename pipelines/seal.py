@@ -9,6 +9,7 @@ Rows that nobody asks for any more stay where they are and are left out of the v
 
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,6 +51,14 @@ class MissingRowsError(SealError):
     """Rows are neither stored nor rejected: the generation is not finished."""
 
 
+class NoUsablePairError(SealError):
+    """All rows of the generation were `rejected` (their number): there is nothing to seal."""
+
+    def __init__(self, message: str, rejected: int) -> None:
+        super().__init__(message)
+        self.rejected = rejected
+
+
 @dataclass(frozen=True)
 class FileFacts:
     """One inspected file. `moments` (rows, 5) float64: number, sum, sum of squares, min and max of
@@ -88,8 +97,8 @@ def seal_generation(
     """Check the generation's files against the landed prompts and commit a version.
 
     Raises `SealError` for a damaged or foreign file, and when rows are missing that were not
-    rejected (under this `lease`, where there is one). A version that would say what the newest one
-    says already is not written again.
+    rejected (under this `lease`, where there is one); `NoUsablePairError` when all were. A version
+    that would say what the newest one says already is not written again.
     """
     earlier = latest_of(root, fingerprint.digest)
     keys = data_keys(root, fingerprint, earlier)
@@ -101,9 +110,12 @@ def seal_generation(
     stored = np.concatenate([ids for ids, _ in kept]) if kept else np.empty(0, np.int64)
     rejected = _rejected_of(root, fingerprint, lease, asked, stored)
     if not len(stored):
-        raise SealError(
-            f"{root.path(fingerprint.folder)}: the teacher gave no usable pair; the reasons are "
-            f"in {root.path(fingerprint.folder, 'rejects')}"
+        folder = fingerprint.folder
+        reason = Counter(read_rejects(root, folder).values()).most_common(1)[0][0]
+        raise NoUsablePairError(
+            f"{root.path(folder)}: the teacher gave no usable pair, most often because of {reason} "
+            f"(all reasons are in {root.path(folder, 'rejects')}); the same command tries again",
+            rejected=len(rejected),
         )
     body = ManifestBody(
         schema_version=SCHEMA_VERSION,
