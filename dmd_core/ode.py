@@ -19,7 +19,8 @@ from dmd_core.edm_heun import EDMHeunScheduler
 
 # name → (class of diffusers or ours, settings that make it a deterministic ODE solver down to x₀)
 SOLVERS: dict[str, tuple[str, dict]] = {
-    # Latents are not pictures: clipping x₀ to [−1, 1], this class's default, would be wrong.
+    # Clipping x₀ to [−1, 1], this class's default, would be wrong: latents are not pictures, and on
+    # pixels it would no longer be the ODE whose marginals are the teacher's.
     "ddim": ("DDIMScheduler", {"clip_sample": False}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "dpmsolver++": (
