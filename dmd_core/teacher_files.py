@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+Read = Callable[[str], str | bytes]  # the content of the file of this name
 INDEX = "model_index.json"  # of the whole pipeline
 TEXTS = ("*.json", "*.txt", "*.model")  # configurations, vocabularies, tokenizers' models
 WEIGHTS = ".safetensors"
@@ -30,7 +31,7 @@ class PartFiles:
     one."""
 
     names: frozenset[str]
-    read: Callable[[str], bytes]
+    read: Read
 
     @staticmethod
     def in_folder(folder: Path) -> "PartFiles":

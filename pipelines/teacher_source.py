@@ -14,7 +14,15 @@ from urllib.parse import parse_qsl, urlencode
 
 from dmd_core.families import CLASSES
 from dmd_core.gallery import GALLERY_FILES
-from dmd_core.teacher_files import INDEX, TEXTS, WEIGHTS, PartFiles, TeacherError, plain_name
+from dmd_core.teacher_files import (
+    INDEX,
+    TEXTS,
+    WEIGHTS,
+    PartFiles,
+    Read,
+    TeacherError,
+    plain_name,
+)
 from pipelines.config import StorageSection, TeacherSection
 from pipelines.hub import COMMIT, how_to_pin, hub_file, hub_folder, is_hub_id, pinned
 from pipelines.local_folders import made_once, nearby
@@ -142,7 +150,7 @@ def _of_parts(parts: Iterable[str], patterns: Iterable[str]) -> list[str]:
     return [f"{part}/{pattern}" for part in parts for pattern in patterns]
 
 
-def _parts(index: bytes, where: object) -> list[str]:
+def _parts(index: str | bytes, where: object) -> list[str]:
     """The parts of a pipeline that are folders of their own. `where`: its name, for the error."""
     try:
         return [
@@ -163,7 +171,7 @@ class _Files:
 
     where: str
     names: frozenset[str]
-    read: Callable[[str], bytes]
+    read: Read
 
     @staticmethod
     def in_folder(folder: Path) -> "_Files":
