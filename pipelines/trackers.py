@@ -132,7 +132,8 @@ class TensorBoard:
 
     def _writes(self) -> bool:
         """Does the thread live? There is no public way to ask."""
-        return self._writer.file_writer.event_writer._worker.is_alive()
+        files: Any = self._writer.file_writer
+        return files.event_writer._worker.is_alive()
 
     def _upload(self) -> None:
         if is_local(self._store.fs):
