@@ -92,7 +92,9 @@ class _Loop(_DmdRun):
     def _measure(self, *given: Any) -> dict[str, float]:
         return {}
 
-    _ails = lambda self, given: False
+    def _ails(self, metrics: dict[str, float]) -> bool:
+        return False
+
     _log = _show_samples = lambda self, *given: None
 
 
