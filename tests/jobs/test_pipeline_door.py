@@ -35,10 +35,11 @@ def test_an_evaluation_that_cannot_be_measured(pipeline, spoil, options):
 
 @pytest.mark.parametrize("spoil", [_misspelt, _too_few])
 def test_also_where_the_pairs_are_there_already(pipeline, spoil):
-    assert pipeline("--only", "regenerate")[2] == ["regenerate"]
-    spoil(pipeline)
-    assert pipeline("--only", "regenerate")[0] == Exit.OK  # nobody asked for an evaluation
-    assert pipeline()[2] == []
+    expected = spoil(pipeline)
+    code, said, ran = pipeline("--only", "regenerate")  # nobody asks for an evaluation
+    assert code == Exit.OK and ran == ["regenerate"], said
+    code, said, ran = pipeline()
+    assert code == Exit.REFUSED and expected in said and ran == [], said
 
 
 @pytest.mark.parametrize("options", [(), ("--dry-run",)])
