@@ -124,6 +124,7 @@ def fill_order(
             on_lost=on_lost,
             void_next=void_next_number,
         ) as lease:
+            earlier = generation_cost(root, fingerprint.folder)
             lost = _lost_files(root, latest_of(root, fingerprint.digest))
             manifest = find_sealed(root, fingerprint.digest, landing.digest)
             prompts = landing.publish()
@@ -133,7 +134,7 @@ def fill_order(
                 changes = find_changes(order, root, prompts, lost=len(lost))
                 on_changes(changes)
                 if changes.to_make or len(data_keys(root, fingerprint)) > _SEALED_HERE:
-                    manifest = _make(order, prompts, changes.to_make, lease, record, watch)
+                    manifest = _make(order, prompts, changes.to_make, lease, record, earlier, watch)
                 else:
                     record.phase = "sealing"
                     drop_unfinished(root, fingerprint.folder)
@@ -142,8 +143,7 @@ def fill_order(
             if keep is not None:
                 record.phase = "collecting"
                 garbage = collect_garbage(root, lease, keep=keep)
-    so_far = generation_cost(root, fingerprint.folder, record.spent)
-    return Outcome(manifest, True, so_far, record.spent, garbage)
+    return Outcome(manifest, True, earlier.plus(record.spent), record.spent, garbage)
 
 
 def _lost_files(root: Store, manifest: Manifest | None) -> tuple[str, ...]:
@@ -254,6 +254,7 @@ def _make(
     missing: int,
     lease: Lease,
     record: RunRecord,
+    earlier: Cost,
     watch: Watch,
 ) -> Manifest:
     with watch(prompts.rows) as board:
@@ -262,9 +263,8 @@ def _make(
         from pipelines.teacher_actor import TeacherTask
 
         stored = prompts.rows - missing
-        before = generation_cost(order.root, order.fingerprint.folder)
-        earlier = {"earlier_gpu_s": before.gpu_s, "earlier_cpu_s": before.cpu_s}
-        board.set.remote(done=stored, stored=stored, **earlier)
+        spent = {"earlier_gpu_s": earlier.gpu_s, "earlier_cpu_s": earlier.cpu_s}
+        board.set.remote(done=stored, stored=stored, **spent)
         record.begin(lease.fence, prompts.rows, stored, board)
 
         def on_phase(phase: str) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from dmd_core.files import store_errors, write_atomic
@@ -43,33 +43,31 @@ class Cost:
             seconds=_sum(found, "seconds"),
         )
 
+    def plus(self, record: Mapping[str, Any]) -> "Cost":
+        """With one more run; an empty record is none."""
+        more = Cost.of([record] if record else [])
+        both = zip(astuple(self), astuple(more), strict=True)
+        return Cost(*(before + now for before, now in both))
+
 
 def _sum(records: Iterable[Mapping[str, Any]], name: str) -> float:
     return round(float(sum(record.get(name) or 0 for record in records)), 2)
 
 
-def generation_cost(root: Store, generation: str, now: Mapping[str, Any] | None = None) -> Cost:
-    """The cost so far of the folder `generation`. `now`: the record of a run as its writer knows
-    it, newer than what may be stored of it.
+def generation_cost(root: Store, generation: str) -> Cost:
+    """What the runs of the folder `generation` have cost so far.
 
     A record that cannot be read counts nothing: `dmd inspect` names it.
     """
-    now = now or {}
-    own = _record_name(now["fence"]) if now else ""
     folder = root.path(generation, "runs")
-    paths = [f"{folder}/{name}" for name in list_files(root, folder) if name != own]
-    stored = map_bounded(lambda path: _readable(root, path), paths, _READERS)
-    return Cost.of([*filter(None, stored), *([now] if now else ())])
+    paths = [f"{folder}/{name}" for name in list_files(root, folder)]
+    return Cost.of(filter(None, map_bounded(lambda path: _readable(root, path), paths, _READERS)))
 
 
 def _readable(root: Store, path: str) -> dict[str, Any] | None:
     with contextlib.suppress(StoreError):
         return read_json(root, path)
     return None
-
-
-def _record_name(fence: int) -> str:
-    return f"{fence:06d}.json"
 
 
 class RunRecord:
@@ -122,7 +120,7 @@ class RunRecord:
             "busy_s": round(fields.get("busy_s", 0.0), 2),
             "gpu_s": round(fields.get("busy_s", 0.0) * self._gpus, 2),
         }
-        path = self._root.path(self._generation, "runs", _record_name(self._fence))
+        path = self._root.path(self._generation, "runs", f"{self._fence:06d}.json")
         write_atomic(self._root.fs, path, json.dumps(self.spent).encode())
         return {"phase": self.phase, "rows": f"{done} of {self._total}"}
 

@@ -22,16 +22,16 @@ def test_a_block_that_was_repeated_is_not_counted_twice(tmp_path, monkeypatch):
     assert json.loads(stored) == record.spent
 
 
-def test_a_run_counts_once_in_the_cost_so_far_and_as_it_knows_itself(tmp_path):
-    """The store may have refused its last record."""
+def test_the_cost_so_far_is_the_sum_of_the_runs_on_gpus_and_without(tmp_path):
     root = open_store(str(tmp_path))
     assert generation_cost(root, "generations/a") == Cost()
     folder = tmp_path / "generations" / "a" / "runs"
     folder.mkdir(parents=True)
-    for fence, busy_s in ((6, 3.0), (7, 1.0)):
-        record = {"fence": fence, "busy_s": busy_s, "gpu_s": busy_s / 2, "seconds": 10.0}
+    for fence, gpu_s in ((6, 1.5), (7, 0.0)):
+        record = {"fence": fence, "busy_s": 3.0, "gpu_s": gpu_s, "seconds": 10.0}
         (folder / f"{fence:06d}.json").write_text(json.dumps(record))
-    now = {"fence": 7, "busy_s": 5.0, "gpu_s": 2.5, "seconds": 20.0}
-    assert generation_cost(root, "generations/a").gpu_s == 2.0
-    found = generation_cost(root, "generations/a", now)
-    assert found == Cost(runs=2, gpu_s=4.0, cpu_s=0.0, busy_s=8.0, seconds=30.0)
+    found = generation_cost(root, "generations/a")
+    assert found == Cost(runs=2, gpu_s=1.5, cpu_s=3.0, busy_s=6.0, seconds=20.0)
+    assert found.plus({}) == found
+    more = found.plus({"fence": 8, "busy_s": 2.0, "gpu_s": 1.0, "seconds": 4.0})
+    assert more == Cost(runs=3, gpu_s=2.5, cpu_s=3.0, busy_s=8.0, seconds=24.0)
