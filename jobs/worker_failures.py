@@ -29,6 +29,7 @@ _LOST = (
     "RayActorError", "ActorDiedError", "ActorUnavailableError", "WorkerCrashedError",
     "NodeDiedError", "LocalRayletDiedError", "OutOfMemoryError", "OwnerDiedError",
     "ObjectLostError", "ObjectFetchTimedOutError", "ObjectReconstructionFailedError",
+    "StreamingGeneratorReplayInconsistentError",
     "WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError",
     "WorkerGroupStartupFailedError", "WorkerGroupStartupTimeoutError", "PreemptionError",
 )  # fmt: skip
