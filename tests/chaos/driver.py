@@ -27,12 +27,14 @@ class Driver:
     """`dmd <verb> --config tiny --set …` on a small Ray of its own; `root`: its data set.
 
     `log` collects the output of every start. All that was started ends with the `with` block.
+    `module`: what stands in for `jobs.<verb>`.
     """
 
     settings: dict[str, object]
     root: Path
     log: Path
     verb: str = "pairs"
+    module: str = ""
     process: subprocess.Popen | None = None
     _tag: str = field(default_factory=lambda: uuid.uuid4().hex)
 
@@ -44,7 +46,8 @@ class Driver:
 
     def start(self) -> None:
         chosen = {"pairs.root": self.root, "ray.num_cpus": 4, "ray.object_store_mb": 128}
-        command = [sys.executable, "-m", f"jobs.{self.verb}", "--config", "tiny", "--json"]
+        module = self.module or f"jobs.{self.verb}"
+        command = [sys.executable, "-m", module, "--config", "tiny", "--json"]
         for key, value in (chosen | self.settings).items():
             command += ["--set", f"{key}={value}"]
         with open(self.log, "a") as log:
@@ -129,29 +132,18 @@ class Driver:
 
     def beat_phase(self) -> str:
         """What the newest holder of the lease said that it was doing; "": nothing yet."""
-        beats = sorted(self.root.glob("leases/*.beat"))
-        with contextlib.suppress(ValueError, OSError):
-            return str(json.loads(beats[-1].read_text())["phase"]) if beats else ""
+        leases = sorted(self.root.glob("leases/*.json"))
+        with contextlib.suppress(IndexError, ValueError, OSError):
+            return str(json.loads(leases[-1].with_suffix(".beat").read_text())["phase"])
         return ""
 
     def versions(self) -> int:
         """Sealed ones: each take-over of the lease leaves a void number as well."""
         return len(sealed_manifests(self.root))
 
-    def phase(self, wanted: int, versions: int) -> str:
-        """What the driver was in the middle of: `wanted` rows are to be stored, and there were
-        `versions` sealed when it started.
-        """
-        if (self.root / "collecting.json").exists():
-            return "collecting"
-        if self.versions() > versions:
-            return "sealed"
-        if not list(self.root.glob("prompts/*.parquet")):
-            return "landing"
-        if self.committed_rows() >= wanted:
-            return "sealing"
-        writing = list(self.root.glob(f"generations/*/ledger/*{_PENDING}"))
-        return "writing" if writing else "generating"
+    def half_written(self) -> int:
+        """Blocks whose writing has begun and was not finished."""
+        return len(list(self.root.glob(f"generations/*/ledger/*{_PENDING}")))
 
 
 def _is_agent(process: psutil.Process) -> bool:
