@@ -9,9 +9,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 import s3fs
-from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
+from botocore.exceptions import EndpointConnectionError, NoCredentialsError
 from fsspec.exceptions import FSTimeoutError
-from s3fs.errors import translate_boto_error
 
 import jobs.inspect
 import jobs.pairs
@@ -22,6 +21,7 @@ from jobs.session import open_session
 from pipelines.commits import StoreError
 from pipelines.storage import no_answer
 from tests.jobs.tiny_cli import run_tiny
+from tests.jobs.worker_errors import caused, reply
 
 DEAD = "http://127.0.0.1:1"
 
@@ -163,21 +163,6 @@ def test_a_result_is_printed_also_when_it_is_an_error(dmd, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------- stores
-
-
-def reply(status: int, code: str = "") -> OSError:
-    """What s3fs makes of a reply of the server."""
-    content = {
-        "Error": {"Code": code or str(status), "Message": "so it says"},
-        "ResponseMetadata": {"HTTPStatusCode": status},
-    }
-    return translate_boto_error(ClientError(content, "GetObject"))
-
-
-def caused(error: BaseException, cause: BaseException) -> BaseException:
-    error.__cause__ = cause
-    return error
-
 
 LATER = [
     reply(500, "InternalError"),
