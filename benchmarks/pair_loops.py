@@ -32,6 +32,7 @@ from jobs.session import open_session
 from pipelines.computing import prepare_computing
 from pipelines.factory import fill_order
 from pipelines.pairs import encode_pairs, fingerprint_of, library_versions
+from pipelines.progress import Counters
 from pipelines.storage import open_store
 
 Stamp = tuple[int, float, int]
@@ -40,22 +41,15 @@ RESULT = "result "
 
 
 @ray.remote(num_cpus=0)
-class _Stamps:
+class _Stamps(Counters):
     """A ProgressBoard that also keeps when each batch was done."""
 
     def __init__(self) -> None:
-        self._done, self._fields, self._stamps = 0, {}, []
+        super().__init__()
+        self._stamps: list[Stamp] = []
 
-    def advance(self, stamp: Stamp, rejected: int, busy_s: float) -> None:
+    def stamp(self, stamp: Stamp) -> None:
         self._stamps.append(stamp)
-        self._done += stamp[2]
-
-    def set(self, done: int | None = None, **fields: Any) -> None:
-        self._done = self._done if done is None else done
-        self._fields.update(fields)
-
-    def read(self) -> tuple[int, dict[str, Any]]:
-        return self._done, self._fields
 
     def stamps(self) -> list[Stamp]:
         return self._stamps
@@ -68,7 +62,8 @@ class _Advance:
         self._actor = actor
 
     def remote(self, count: int, rejected: int = 0, busy_s: float = 0.0) -> None:
-        self._actor.advance.remote((os.getpid(), time.monotonic(), count), rejected, busy_s)
+        self._actor.stamp.remote((os.getpid(), time.monotonic(), count))
+        self._actor.advance.remote(count, rejected, busy_s)
 
 
 class _Board:

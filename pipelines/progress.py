@@ -15,8 +15,7 @@ class DeviceFault:
     reason: str
 
 
-@ray.remote(num_cpus=0)
-class ProgressBoard:
+class Counters:
     """`done` counts up, as do rejects and busy seconds; `fields` holds the latest value of
     anything else a person may watch."""
 
@@ -54,6 +53,9 @@ class ProgressBoard:
 
     def read(self) -> tuple[int, dict[str, Any]]:
         return self._done, dict(self._fields)
+
+
+ProgressBoard = ray.remote(num_cpus=0)(Counters)
 
 
 class Throttle:
