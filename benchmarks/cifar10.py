@@ -14,17 +14,22 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 
-from dmd_core.inception import DIMENSION, INCEPTION_SPACE, load_inception
+from dmd_core.inception import DIMENSION, INCEPTION_SPACE, weights_file
 from dmd_core.metrics import frechet_distance, kid
 from pipelines import cifar10
 from pipelines.evaluation import METRICS
-from pipelines.storage import open_store
+from pipelines.feature_parts import inception_features
+from pipelines.images import SamplerPool
+from pipelines.storage import Store, open_store
+from pipelines.systems import Images
 
 RESULTS = Path(__file__).parent / "results"
 _PUBLISHED = {  # EDM's table 2, DMD's table 1: class-conditional, FID on 50,000 samples
@@ -41,7 +46,8 @@ def main() -> int:
     check.add_argument("--real", default="data/cifar10")
     check.add_argument("--count", type=int, default=1000)
     check.add_argument("--inception", default="")
-    check.add_argument("--device", default="cpu")
+    check.add_argument("--actors", type=int, default=os.cpu_count(), help="workers, a core each")
+    check.add_argument("--gpus", type=float, default=0, help="GPUs that they share")
     collecting = actions.add_parser("collect")
     collecting.add_argument("--run", required=True)
     collecting.add_argument("--name", required=True)
@@ -63,13 +69,12 @@ def main() -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Training against test pictures."""
-    network = load_inception(options.inception, device=options.device)
-    store, started = open_store(options.real), time.monotonic()
-    train, test = (
-        network(cifar10.load_split(store, split, options.count).pictures)
-        for split in ("train", "test")
-    )
+    """Training against test pictures. Features are kept with the data set: stopped or killed, the
+    same command goes on."""
+    weights, store = str(weights_file(options.inception)), open_store(options.real)
+    started = time.monotonic()
+    with ray.init(address="local", include_dashboard=False, log_to_driver=False):
+        train, test = (_features(options, weights, store, split) for split in ("train", "test"))
     least = min(len(train), len(test))
     rows = slice(min(least, 5000))
     return {
@@ -79,8 +84,30 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "kid": vars(kid(train[rows], test[rows])),
         "fid": frechet_distance(train, test) if least >= 4 * DIMENSION else None,
         "seconds": round(time.monotonic() - started),
-        "device": options.device,
+        "device": "cuda" if options.gpus else "cpu",
     }
+
+
+def _features(options: argparse.Namespace, weights: str, store: Store, split: str) -> np.ndarray:
+    data = cifar10.load_split(store, split, options.count)
+    count = len(data.labels)
+    nothing = np.empty((count, 0), np.float32)
+    prompts = tuple(cifar10.CLASSES[label] for label in data.labels)
+    pictures = Images(prompts, tuple(range(count)), nothing, data.pictures, nothing)
+
+    def show(rows: int) -> None:
+        nonlocal count
+        count -= rows
+        print(f"{split}: {count} pictures to go", file=sys.stderr, flush=True)
+
+    return inception_features(
+        weights,
+        pictures,
+        SamplerPool(options.actors, cpus=1, gpus=options.gpus / max(1, options.actors)),
+        store=store,
+        folder=f"inception/{split}-{cifar10.dataset_digest(store)[:16]}.inception",
+        on_rows=show,
+    )
 
 
 def collect(run: Path, seconds: dict[str, str]) -> dict[str, Any]:

@@ -20,13 +20,14 @@ from dmd_core.teacher import teacher_revision
 from dmd_core.types import PairBatch
 from jobs.config import Recipe, load_recipe, resolve_shipped
 from pipelines.batches import PairReader
+from pipelines.bounded import map_bounded
 from pipelines.config import PairsSection
 from pipelines.generate import _map_on_cluster
 from pipelines.manifest import load_manifest
 from pipelines.manifest_model import Manifest
 from pipelines.pairs import PARQUET_OPTIONS, encode_pairs, fingerprint_of, library_versions
 from pipelines.prompts import LandedPrompts, PromptSource, land_prompts
-from pipelines.seal import map_in_threads, seal_generation
+from pipelines.seal import seal_generation
 from pipelines.storage import Store, open_store
 
 
@@ -92,7 +93,7 @@ def sealing(work: dict[str, Any]) -> dict[str, Any]:
     )
     prompts, seconds = land(recipe.pairs, root), {"threads": [], "ray": []}
     for _ in range(work["repeats"]):
-        seconds["threads"].append(_sealed(recipe, root, prompts, map_in_threads)[0])
+        seconds["threads"].append(_sealed(recipe, root, prompts, map_bounded)[0])
     with cluster:
         for _ in range(work["repeats"]):
             seconds["ray"].append(_sealed(recipe, root, prompts, _map_on_cluster)[0])
@@ -116,7 +117,7 @@ def reading(work: dict[str, Any]) -> dict[str, Any]:
     recipe = load_recipe(work["config"], work["overrides"])
     root = open_store(recipe.pairs_root)
     prompts = land(recipe.pairs, root)
-    version = _sealed(recipe, root, prompts, map_in_threads)[1].version
+    version = _sealed(recipe, root, prompts, map_bounded)[1].version
     manifest = load_manifest(root, version)
     paths = [root.path(file.key) for file in manifest.files]
     _scan(paths, work["limit_s"] / 4, threads=True)  # the files are in memory from here on

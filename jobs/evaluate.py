@@ -64,7 +64,7 @@ def run(session: Session) -> dict[str, Any]:
         student=student,
         storage=recipe.storage,
         mean=_mean_latents(session),
-        device="cuda" if recipe.evaluate.gpus_per_actor else "cpu",
+        gpus=recipe.evaluate.gpus_per_actor,
         threads=recipe.pairs.threads_per_actor,
     )
     session.start_ray()

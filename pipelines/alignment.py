@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 
 from dmd_core.clip_score import CLIP_FILES, ClipError, ClipScorer, check_clip, clip_revision
 from dmd_core.metrics import mean_estimate
@@ -67,8 +66,7 @@ def measure_alignment(
     prompt: what both find hard cancels."""
     prepare_computing(networks.threads)
     local = clip_folder(clip_model, networks.storage)
-    device = networks.device if torch.cuda.is_available() else "cpu"
-    scorer = ClipScorer(local, device)
+    scorer = ClipScorer(local, networks.device)
     scores = {}
     for system, folder in folders.items():
         images = open_images(root, folder)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dmd_core.gallery import load_gallery
 from dmd_core.teacher import load_teacher
@@ -143,13 +142,12 @@ def evaluate_checkpoint(task: EvaluationTask, step: int) -> Evaluated:
     section, run = task.settings, task.store()
     threads = max(1, int(section.num_cpus))
     prepare_computing(threads)
-    device = "cuda" if section.num_gpus and torch.cuda.is_available() else "cpu"
     storage = StorageSection.model_validate(task.storage)
     with tempfile.TemporaryDirectory(prefix="dmd-evaluate-") as folder:
         teacher = local_teacher(task.teacher, storage)
         student = str(Path(folder) / "student")
         weights = _export(task, run, step, teacher, student)
-        networks = Networks(teacher, student, storage, device=device, threads=threads)
+        networks = Networks(teacher, student, storage, gpus=section.num_gpus, threads=threads)
         found = teacher_pictures(task, run, networks)
         found[STUDENT] = _sample_student(task, networks)
         features = _features(task, run, found)
@@ -194,7 +192,7 @@ def _features(
     compared = {system: found[system] for system in (STUDENT, TEACHER_AGAIN) if system in found}
     if judge is None:
         return {system: entry.features for system, entry in compared.items()}
-    alone = images.SamplerPool(actors=0)
+    alone = images.SamplerPool(actors=0, gpus=task.settings.num_gpus)
     return judge.features(run.at(FOLDER), _teacher_folders(task), compared, alone)
 
 

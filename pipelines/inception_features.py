@@ -10,26 +10,20 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import ray
-import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
-from dmd_core.files import write_atomic
-from dmd_core.inception import DIMENSION, load_inception, weights_file
+from dmd_core.inception import weights_file
 from pipelines import cifar10
 from pipelines.config import EvaluateSection, StorageSection
+from pipelines.feature_parts import inception_features
 from pipelines.images import SamplerPool
 from pipelines.storage import Store, open_store
 from pipelines.stored_images import Pictures
 from pipelines.systems import Images
 
 REAL = "real"
-_CHUNK = 500  # pictures of one task: a minute or two on a CPU core
-_SUFFIX = ".inception.safetensors"
+_SUFFIX = ".inception"
 
 Progress = Callable[[int, int], None]
 
@@ -75,35 +69,21 @@ class Judge:
         }
         if self.real:
             pictures = real_images(self.data(), images[next(iter(images))].prompts)
-            sets[REAL] = (pictures, self.data(), _real_key(self.data(), pictures))
-        found, total = {}, sum(len(entry.prompts) for entry, _, _ in sets.values())
-        done = 0
-        for system, (entry, store, key) in sets.items():
-            found[system] = self._kept(store, key, entry, pool)
-            done += len(found[system])
+            sets[REAL] = (pictures, self.data(), _real_folder(self.data(), pictures))
+        found: dict[str, np.ndarray] = {}
+        done, total = 0, sum(len(entry.prompts) for entry, _, _ in sets.values())
+
+        def on_rows(rows: int) -> None:
+            nonlocal done
+            done += rows
             if on_progress is not None:
                 on_progress(done, total)
+
+        for system, (pictures, store, folder) in sets.items():
+            found[system] = inception_features(
+                self.weights, pictures, pool, store=store, folder=folder, on_rows=on_rows
+            )
         return found
-
-    def _kept(
-        self, store: Store, key: str | None, pictures: Pictures, pool: SamplerPool
-    ) -> np.ndarray:
-        if key is not None and (found := _read(store, key, len(pictures.prompts))) is not None:
-            return found
-        features = inception_features(self.weights, pictures, pool)
-        if key is not None:
-            write_atomic(store.fs, store.path(key), save({"features": features}))
-        return features
-
-
-def inception_features(weights: str, images: Pictures, pool: SamplerPool) -> np.ndarray:
-    """(N,2048) float32, on the pool's actors, or here with 0 of them. Each task reads the pictures
-    it sees by itself."""
-    groups = images.groups(_CHUNK)
-    if not pool.actors:
-        return np.concatenate([_compute(weights, group) for group in groups])
-    task = ray.remote(_compute).options(num_cpus=pool.cpus, num_gpus=pool.gpus, **pool.where)
-    return np.concatenate(ray.get([task.remote(weights, group) for group in groups]))
 
 
 def real_images(store: Store, prompts: Sequence[str]) -> Images:
@@ -137,33 +117,11 @@ def _label(prompt: str) -> int:
     return names[prompt.strip().lower()]
 
 
-def _compute(weights: str, images: Pictures) -> np.ndarray:
-    """Equal pictures (the mean picture, N times) are seen once."""
-    pictures = np.concatenate([part.pictures for part in images.parts()])
-    distinct: dict[bytes, int] = {}
-    index = [distinct.setdefault(picture.tobytes(), len(distinct)) for picture in pictures]
-    once = pictures[np.unique(np.array(index), return_index=True)[1]]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_inception(weights, device=device)(once)[index]
-
-
 def _beside(folder: str | None) -> str | None:
     return None if folder is None else folder + _SUFFIX
 
 
-def _real_key(store: Store, pictures: Images) -> str:
+def _real_folder(store: Store, pictures: Images) -> str:
     """By the rows that were taken: the data set's folder may serve many evaluations."""
     inputs = json.dumps([cifar10.dataset_digest(store), pictures.seeds])
     return f"inception/{hashlib.sha256(inputs.encode()).hexdigest()[:16]}{_SUFFIX}"
-
-
-def _read(store: Store, key: str, count: int) -> np.ndarray | None:
-    """Kept features; None: there are none, or not those of so many pictures."""
-    if not store.fs.exists(store.path(key)):
-        return None
-    raw: Any = store.fs.cat_file(store.path(key))
-    try:
-        found = load(raw)["features"]
-    except (SafetensorError, KeyError):
-        return None
-    return found if found.shape == (count, DIMENSION) else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from dmd_core.teacher import TeacherError
+from pipelines.device import is_device_fault
 
 # ε (B,C,h,w), prompts, negative prompts (None: the teacher's default) → latents (B,C,h,w)
 Solve = Callable[[torch.Tensor, Sequence[str], Sequence[str | None]], torch.Tensor]
@@ -24,15 +25,6 @@ TEACHER_ERRORS = (RuntimeError, ValueError, LookupError, ArithmeticError, Memory
 # Out of memory, said otherwise than by torch.OutOfMemoryError: a library's handle or workspace
 # that could not be allocated on the device, or the host's own allocator.
 _MEMORY_TEXTS = ("out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory")
-# After these every later call of the process fails too, whatever its rows.
-_DEVICE_TEXTS = (
-    "CUDA error",
-    "HIP error",
-    "device-side assert",
-    "illegal memory access",
-    "unspecified launch failure",
-    "STATUS_EXECUTION_FAILED",
-)
 _REASON_CHARACTERS = 500
 
 
@@ -256,13 +248,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MEMORY_TEXTS)
-
-
-def is_device_fault(error: BaseException) -> bool:
-    """Is the device lost to this process?"""
-    if isinstance(error, torch.AcceleratorError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _DEVICE_TEXTS)
 
 
 def describe(error: BaseException) -> str:

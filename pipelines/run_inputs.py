@@ -4,9 +4,6 @@ import logging
 from functools import cached_property
 from typing import Any
 
-import ray.train
-import torch
-
 from dmd_core.checkpoint import CheckpointError
 from dmd_core.condition import Condition
 from dmd_core.decoder import decoded, load_decoder
@@ -48,7 +45,7 @@ class RunInputs:
         self._storage = StorageSection.model_validate(config["storage"])
         self.store: Store = open_store(config["dir"], self._storage)
         self.seed, self.pins = config["seed"], Pins.from_json(config["pins"])
-        device = ray.train.torch.get_device() if self.section.use_gpu else torch.device("cpu")
+        device = group.device(self.section.use_gpu)
         # A network that is sharded never lies whole on the device.
         self.teacher = load_teacher(
             local_teacher(config["teacher"], self._storage),
@@ -131,15 +128,14 @@ class RunInputs:
         """Every start of the workers reads prompts and pictures anew. What one worker finds changed
         is refused by all: else the others would wait for it."""
         pins, pictures = self.pins, self.section.real_pictures
-        prompts = bool(pins.prompts_digest) and self._prompts.digest != pins.prompts_digest
-        listed = bool(pins.pictures_digest) and (
-            pictures_digest(self._pictures[1]) != pins.pictures_digest
-        )
-        found = torch.tensor([prompts, listed], dtype=torch.int32, device=self.teacher.device)
-        if self._group.size > 1:
-            torch.distributed.all_reduce(found)
-        names = (f"the prompts of {', '.join(pins.prompts)}", f"the list of pictures in {pictures}")
-        changed = [name for name, count in zip(names, found.tolist(), strict=True) if count]
+        found = {
+            f"the prompts of {', '.join(pins.prompts)}": bool(pins.prompts_digest)
+            and self._prompts.digest != pins.prompts_digest,
+            f"the list of pictures in {pictures}": bool(pins.pictures_digest)
+            and pictures_digest(self._pictures[1]) != pins.pictures_digest,
+        }
+        device = self.teacher.device
+        changed = [name for name, here in found.items() if self._group.count(here, device)]
         if changed:
             raise CheckpointError(
                 f"{' and '.join(changed)} changed since {self.store.url} was started; put back "

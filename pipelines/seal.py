@@ -11,7 +11,6 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.bounded import map_bounded
 from pipelines.commits import list_files
 from pipelines.landed import landed_ids
 from pipelines.lease import Lease
@@ -81,18 +81,13 @@ def inspect_all(inspect: Callable[[str], FileFacts], keys: Sequence[str]) -> lis
     return [inspect(key) for key in keys]
 
 
-def map_in_threads(inspect: Callable[[str], FileFacts], keys: Sequence[str]) -> Iterable[FileFacts]:
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        return list(pool.map(inspect, keys))
-
-
 def seal_generation(
     root: Store,
     fingerprint: Fingerprint,
     prompts: LandedPrompts,
     *,
     lease: Lease | None = None,
-    map_files: MapFiles = map_in_threads,
+    map_files: MapFiles = map_bounded,
 ) -> Manifest:
     """Check the generation's files against the landed prompts and commit a version.
 

@@ -5,7 +5,7 @@ more; readers take them one by one, for 50,000 large pictures fit in no memory.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,12 +110,10 @@ class StoredImages:
                 prompts, seeds = (tuple(table[name].to_pylist()) for name in ("prompt", "seed"))
             yield Images(prompts, seeds, **arrays)
 
-    def groups(self, rows: int) -> Sequence["StoredImages"]:
-        """Whole files, as many as begin in the same `rows` rows."""
-        return [
-            StoredImages(self.store, self.folder, tuple(starts))
-            for _, starts in groupby(self.starts, lambda start: start // rows)
-        ]
+    def groups(self, rows: int) -> "Mapping[int, StoredImages]":
+        """First row → whole files, as many as begin in the same `rows` rows."""
+        together = (tuple(found) for _, found in groupby(self.starts, lambda start: start // rows))
+        return {starts[0]: StoredImages(self.store, self.folder, starts) for starts in together}
 
     def first(self, count: int) -> Images:
         """The first `count` of them, or all."""

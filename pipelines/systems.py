@@ -5,7 +5,7 @@ other noise, as the independent reference. Nothing here needs Ray.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +29,7 @@ from dmd_core.plain_call import (
 from dmd_core.student import Student
 from dmd_core.teacher import load_teacher
 from pipelines.config import EvaluateSection, PairsSection, StorageSection
+from pipelines.device import worker_device
 from pipelines.device_turns import DeviceTurns
 from pipelines.local_folders import nearby
 from pipelines.storage import open_store
@@ -123,15 +124,19 @@ class Networks:
     student: str
     storage: StorageSection
     mean: np.ndarray | None = None
-    device: str = "cpu"
+    gpus: float = 0
     threads: int | None = None
 
+    @property
+    def device(self) -> str:
+        """Of the worker that asks."""
+        return worker_device(self.gpus)
+
     def local(self) -> "Networks":
-        """The same, on this machine's disk and on a device that it has."""
+        """The same, on this machine's disk."""
         teacher = local_teacher(self.teacher, self.storage)
         student = nearby(open_store(self.student, self.storage))
-        device = self.device if torch.cuda.is_available() else "cpu"  # a GPU may be a logical one
-        return replace(self, teacher=teacher, student=student, device=device)
+        return replace(self, teacher=teacher, student=student)
 
 
 @dataclass(frozen=True)
@@ -168,10 +173,10 @@ class Images:
         """As those that are stored are read: here, all at once."""
         yield self
 
-    def groups(self, rows: int) -> Sequence["Images"]:
-        """In pieces of so many rows."""
+    def groups(self, rows: int) -> Mapping[int, "Images"]:
+        """First row → so many rows."""
         starts = range(0, len(self.prompts), rows)
-        return [self.rows(slice(start, start + rows)) for start in starts]
+        return {start: self.rows(slice(start, start + rows)) for start in starts}
 
 
 def network_evaluations(

@@ -17,6 +17,7 @@ from dmd_core.teacher import Teacher, TeacherError, load_teacher
 from dmd_core.types import PairBatch
 from pipelines.computing import prepare_computing
 from pipelines.config import PairsSection, StorageSection
+from pipelines.device import device_named, worker_device
 from pipelines.pairs import Fingerprint, encode_pairs
 from pipelines.progress import DeviceFault
 from pipelines.rejects import RejectedRow, write_rejects
@@ -61,9 +62,9 @@ class TeacherActor:
     def __init__(self, task: TeacherTask) -> None:
         section = task.section
         prepare_computing(1)  # see `prepare_computing`
-        device = "cuda" if section.gpus_per_actor and torch.cuda.is_available() else "cpu"
         folder = local_teacher(task.teacher_url, task.storage)
-        self._teacher = load_teacher(folder, device=device)
+        with device_named():
+            self._teacher = load_teacher(folder, device=worker_device(section.gpus_per_actor))
         if self._teacher.revision != task.fingerprint.teacher_revision:
             raise TeacherError(
                 f"teacher {task.teacher_url} is now {self._teacher.revision[:16]}; "

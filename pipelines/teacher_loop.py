@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
-import ray.train
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,7 +43,7 @@ class TeacherLoop(ABC):
         group.prepare_computing(section.threads_per_worker)
         self.rank, self.world = group.rank, group.size
         self.section, self.seed, self.store, self.board = section, seed, store, board
-        self.device = ray.train.torch.get_device() if section.use_gpu else torch.device("cpu")
+        self.device = group.device(section.use_gpu)
         self.step, self.ends, self.total = 0, ends, max(ends)
         self.losses: list[float] = []
         self.throttle = Throttle(1.0)

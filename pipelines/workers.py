@@ -28,6 +28,7 @@ from ray.train.collective import broadcast_from_rank_zero
 from ray.train.torch import TorchTrainer
 
 from pipelines.computing import prepare_computing
+from pipelines.device import worker_device
 from pipelines.placement import GroupPlacementSection
 from pipelines.storage import Store
 
@@ -54,6 +55,11 @@ class Group:
     def prepare_computing(self, threads: int | None) -> None:
         """`prepare_computing`, beside the other workers of the node."""
         prepare_computing(threads, self.nearby)
+
+    def device(self, use_gpu: bool) -> torch.device:
+        """That Ray Train gave this worker. Raises `DeviceError`."""
+        on_gpu = worker_device(use_gpu) == "cuda"
+        return ray.train.torch.get_device() if on_gpu else torch.device("cpu")
 
     def share(self, value: T) -> T:
         """Rank 0's value, on every worker."""

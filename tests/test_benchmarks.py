@@ -1,5 +1,9 @@
 """The arithmetic of the benchmarks; what they measure is run by hand."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -109,3 +113,15 @@ def test_runs_that_differ_in_more_than_the_loss_are_not_compared(tmp_path):
         (tmp_path / name / "config.yaml").write_text(content)
     with pytest.raises(ValueError, match=r"differ in \['train.dm_weight', 'train.learning_rate'\]"):
         compare(tmp_path / "both", tmp_path / "regression")
+
+
+@pytest.mark.slow
+def test_the_factory_s_benchmark_runs(tmp_path):
+    """Not what it measures: that both sides of each comparison do their work."""
+    out = tmp_path / "pairs.json"
+    parts = "overhead,pipeline,single,sealing,reading"
+    command = [sys.executable, "-m", "benchmarks.pairs", "--quick", "--repeats", "1"]
+    subprocess.run([*command, "--only", parts, "--out", str(out)], check=True, timeout=900)
+    results = json.loads(out.read_text())["results"]
+    assert len(results) >= 5
+    assert all(found["measured"] > 0 for found in results)

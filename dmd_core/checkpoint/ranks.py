@@ -56,7 +56,7 @@ class Ranks:
         try:
             value = make()
         except BaseException as error:  # whatever it is, the others wait to be told
-            self._broadcast((None, _portable(error)))
+            self._broadcast((None, portable(error)))
             raise
         self._broadcast((value, None))
         return value
@@ -81,7 +81,7 @@ def _how_expected(error: BaseException) -> int:
     return 2 if isinstance(error, OSError) else 0
 
 
-def _portable(error: BaseException) -> Exception:
+def portable(error: BaseException) -> Exception:
     """Errors of stores often cannot be sent to another process; their text can."""
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, CheckpointError):

@@ -41,6 +41,7 @@ from dmd_core.checkpoint.format import (
     marker_json,
     part_file,
 )
+from dmd_core.checkpoint.ranks import portable
 from dmd_core.files import is_local, join, store_errors, write_atomic
 
 
@@ -144,7 +145,7 @@ class FolderWriter(StorageWriter):
             yield
         except store_errors() as error:
             self.failure = error
-            raise OSError(f"{type(error).__name__}: {error}") from error
+            raise portable(error) from error
 
 
 def _holds(fs: AbstractFileSystem, path: str, raw: bytes) -> bool:

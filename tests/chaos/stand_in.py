@@ -17,13 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import generate
+from pipelines.bounded import map_bounded
 from pipelines.config import PairsSection, StorageSection
 from pipelines.factory import Outcome, PairOrder, fill_order
 from pipelines.lease import LeaseHeldError, LeaseLostError
 from pipelines.ledger import finished_ids
 from pipelines.pairs import Fingerprint
 from pipelines.prompts import PromptSource
-from pipelines.seal import map_in_threads
 from pipelines.storage import Store, open_store
 from tests.pipelines.made_pairs import FINGERPRINT, made_table
 
@@ -46,7 +46,7 @@ def regenerate(
     order = order_of(root, prompts, fingerprint, lease_seconds=lease_seconds)
     with (
         patch.object(generate, "_write_missing_rows", partial(write_missing_rows, fenced=fenced)),
-        patch.object(generate, "_map_on_cluster", map_in_threads),
+        patch.object(generate, "_map_on_cluster", map_bounded),
         patch("pipelines.run_record.RunRecord._read", lambda record: (0, {})),
     ):
         return fill_order(order, _no_board, purpose="a test", keep=1)

@@ -156,7 +156,7 @@ def test_evaluations_are_those_that_happen(families, name, distilled, count):
 def test_speed_is_measured_of_both(networks, name):
     used = networks(name, (999,))
     if not torch.cuda.is_available():
-        used = replace(used, device="cuda")  # a GPU of the cluster may be a logical one
+        used = replace(used, gpus=1)  # a GPU of the cluster may be a logical one
     measured = measure_speed(_plan(name, (999,)), used, ("cat",), repeats=1)
     seconds = measured["seconds_per_picture"]
     assert seconds.keys() == {"teacher", "teacher_1", "student"}

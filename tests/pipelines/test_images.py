@@ -338,8 +338,11 @@ def test_stored_pictures_are_read_in_parts_in_groups_and_from_the_top(evaluated)
         images.features, np.concatenate([part.features for part in parts])
     )
     groups = images.groups(8)
-    assert [group.prompts for group in groups] == [HELD_OUT[:8], HELD_OUT[8:]]
-    assert [group.prompts for group in images.groups(100)] == [HELD_OUT]
+    assert {row: group.prompts for row, group in groups.items()} == {
+        0: HELD_OUT[:8],
+        8: HELD_OUT[8:],
+    }
+    assert [group.prompts for group in images.groups(100).values()] == [HELD_OUT]
     top = images.first(10)
     assert top.prompts == HELD_OUT[:10] and len(top.pictures) == 10
     np.testing.assert_array_equal(top.pictures[8:], parts[1].pictures[:2])

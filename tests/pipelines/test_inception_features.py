@@ -1,7 +1,9 @@
 """Inception features of stored pictures, and real pictures as the reference of both systems."""
 
 import hashlib
+import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ import torch
 from dmd_core import inception
 from dmd_core.inception import DIMENSION
 from dmd_core.metrics import frechet_distance, kid, regression_distance
-from pipelines import inception_features
+from pipelines import feature_parts
 from pipelines.cifar10 import CLASSES, Cifar10Error, load_split
 from pipelines.config import EvaluateSection, StorageSection
 from pipelines.evaluation import measure_system, reference_of
+from pipelines.feature_parts import inception_features
 from pipelines.images import SamplerPool
 from pipelines.inception_features import REAL, Judge, real_images
 from pipelines.storage import open_store
@@ -88,15 +91,14 @@ def test_features_are_kept_beside_the_pictures_and_the_data_set(
     pictures = given | {REAL: real_images(data, prompts)}
     for system, features in found.items():
         assert np.allclose(features, network(pictures[system].pictures), atol=1e-5)
-    assert [p.name for p in (tmp_path / "run").rglob("*.safetensors")] == [
-        "teacher.inception.safetensors"
-    ]
+    kept = [str(p.relative_to(tmp_path)) for p in (tmp_path / "run").rglob("*.safetensors")]
+    assert kept == ["run/abc/teacher.inception/00000000.safetensors"]
 
     computed = []
-    whole = inception_features.inception_features
+    whole = feature_parts._compute
     monkeypatch.setattr(
-        inception_features,
-        "inception_features",
+        feature_parts,
+        "_compute",
         lambda *arguments: computed.append(len(arguments[1].prompts)) or whole(*arguments),
     )
     again = judge.features(store, folders, given, HERE)
@@ -107,21 +109,72 @@ def test_features_are_kept_beside_the_pictures_and_the_data_set(
     assert computed == [20, 10, 10]  # other rows of the real pictures, other features
 
 
+def _kept_features(weights: str, images, pool: SamplerPool, folder: Path, **how) -> np.ndarray:
+    store = open_store(str(folder))
+    return inception_features(weights, images, pool, store=store, folder="teacher.inception", **how)
+
+
+def test_a_killed_computation_loses_the_part_it_was_at(tmp_path, weights, monkeypatch):
+    monkeypatch.setattr(feature_parts, "PART_ROWS", 8)
+    images, whole, asked = _images(CLASSES * 3, 5), feature_parts._compute, []
+
+    def compute(weights: str, images: Images, gpus: float) -> np.ndarray:
+        asked.append(len(images.prompts))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return whole(weights, images, gpus)
+
+    monkeypatch.setattr(feature_parts, "_compute", compute)
+    with pytest.raises(KeyboardInterrupt):
+        _kept_features(weights, images, HERE, tmp_path)
+    told = []
+    found = _kept_features(weights, images, HERE, tmp_path, on_rows=told.append)
+    assert asked == [8, 8, 8, 8, 6] and told == [16, 8, 6]
+    network = inception.Inception(_Pool())
+    assert np.allclose(found, network(images.pictures), atol=1e-5)
+
+    # A torn part and one of other rows are computed again, and they alone.
+    first, second, *_ = sorted(tmp_path.rglob("*.safetensors"))
+    first.write_bytes(first.read_bytes()[:1000])
+    shutil.copy(tmp_path / "teacher.inception" / "00000024.safetensors", second)
+    told.clear()
+    assert np.array_equal(
+        _kept_features(weights, images, HERE, tmp_path, on_rows=told.append), found
+    )
+    assert told == [14, 8, 8]
+
+
+def test_parts_of_stored_pictures_are_whole_files(tmp_path, weights, monkeypatch):
+    monkeypatch.setattr(feature_parts, "PART_ROWS", 8)
+    store, images = open_store(str(tmp_path)), _images(CLASSES * 2, 3)
+    for start in range(0, 20, 3):
+        write_part(store, "teacher", start, 20, images.rows(slice(start, start + 3)))
+    stored = open_images(store, "teacher")
+    found = _kept_features(weights, stored, HERE, tmp_path)
+    assert [int(p.stem) for p in sorted(tmp_path.rglob("*.safetensors"))] == [0, 9, 18]
+    assert np.array_equal(found, _kept_features(weights, stored, HERE, tmp_path))
+    assert np.allclose(found, inception.Inception(_Pool())(images.pictures), atol=1e-5)
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_tasks_give_what_this_process_gives(weights, monkeypatch):
     images = _images(CLASSES * 3, 5)
     images.pictures[10:17] = images.pictures[:7]  # equal ones are seen once
-    expected = inception_features.inception_features(weights, images, HERE)
+    expected = _features_of(weights, images, HERE)
     assert expected.shape == (30, DIMENSION)
     assert np.array_equal(expected[:7], expected[10:17])
     network = inception.Inception(_Pool())
     assert np.allclose(expected, network(images.pictures), atol=1e-5)
-    monkeypatch.setattr(inception_features, "_CHUNK", 8)
+    monkeypatch.setattr(feature_parts, "PART_ROWS", 8)
     # The workers know the true weights only: they must refuse these.
     from ray.exceptions import RayTaskError
 
     with pytest.raises(RayTaskError, match="another network"):
-        inception_features.inception_features(weights, images, SamplerPool(actors=1))
+        _features_of(weights, images, SamplerPool(actors=1))
+
+
+def _features_of(weights: str, images: Images, pool: SamplerPool) -> np.ndarray:
+    return inception_features(weights, images, pool, store=open_store("/nowhere"), folder=None)
 
 
 def test_teacher_and_student_are_measured_against_the_real_pictures():
