@@ -21,6 +21,7 @@ def run(session: Session) -> dict[str, Any]:
     if not store.fs.exists(store.path(METRICS)):
         raise JobError(f"{store.url} has no {METRICS}; run `dmd evaluate` with this recipe first")
     session.check_settings()
+    _check_figures(session)
     path, sources = store.at(REPORT).url, made_from(session)
     done = session.read_json(STATE)
     there = store.fs.exists(store.path(REPORT))
@@ -38,6 +39,22 @@ def run(session: Session) -> dict[str, Any]:
     session.write_json(STATE, {"made_from": sources})
     session.display.done(f"report: {path}")
     return {"report": path}
+
+
+def _check_figures(session: Session) -> None:
+    """Refuse figures of another student than the one that lies there: the page shows both."""
+    exported, metrics = session.read_json(EXPORTED) or {}, session.read_json(METRICS)
+    provenance = metrics.get("provenance", {})
+    measured = provenance.get("inputs", {}) | provenance
+    pairs = [(measured.get(key), exported.get(key)) for key in ("step", "student_revision")]
+    # What an earlier release did not record cannot be compared.
+    if any(None not in pair and pair[0] != pair[1] for pair in pairs):
+        was, now = (found.get("step", "unknown") for found in (measured, exported))
+        raise JobError(
+            f"the figures in {session.store.url}/{METRICS} are of another student (step {was}) "
+            f"than the one that lies there now (step {now}, {EXPORTED}); run `dmd evaluate` again "
+            "(of a chain: `dmd pipeline --only evaluate`)"
+        )
 
 
 def made_from(session: Session) -> dict[str, Any]:
