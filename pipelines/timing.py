@@ -1,8 +1,9 @@
 """Station 9: seconds and joules per picture, as a user of the two pipelines would see them.
 
 One picture at a time through the pipeline's own `__call__`: prompt encoding, network
-evaluations and decoding. The one place in the library that reads the wall clock, because here it
-is the instrument.
+evaluations and decoding. Teacher and student are run alike: the networks in one memory layout, and
+in the dtype that the teacher's pictures are made in, the rest in float32. The one place in the
+library that reads the wall clock, because here it is the instrument.
 """
 
 import statistics
@@ -12,6 +13,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch import nn
 
 from dmd_core.noise import sample_noise
 from dmd_core.ode import make_scheduler
@@ -75,6 +78,7 @@ def measure_speed(
         "batch_size": 1,
         "threads": torch.get_num_threads(),
         "device": _device_name(networks.device),
+        "compute_dtype": plan.compute_dtype,
         "joules_per_picture": measure_energy(
             makers, prompts[0], nvml_counter(networks.device), ready
         ),
@@ -128,19 +132,38 @@ def _picture_makers(plan: SamplingPlan, local: Networks) -> tuple[Makers, Callab
     shape = teacher.latent_shape(*teacher.size)
     latents = sample_noise([plan.seed], shape, torch.float16).float().to(local.device)
     student = with_latents(load_plainly(local.student, "cpu"))
+    told = family_of_pipeline(student)
+    network, dtype = getattr(student, told.model), getattr(torch, plan.compute_dtype)
+    lay_out_like(network, teacher.model)
+    compute_in(network, dtype, local.device)
     steps = {TEACHER: plan.steps} | plan.few()
     if teacher.family.on_pixels:  # no pipeline of diffusers guides these, or takes our solver
         makers = {name: _solved(teacher, plan, latents, n) for name, n in steps.items()}
     else:
+        compute_in(teacher.model, dtype, local.device)
         whole = _sampling_pipeline(teacher, plan)
         guidance: dict[str, Any] = {"guidance_scale": plan.guidance_scale}
         if plan.guidance_scale > 1:
             guidance["negative_prompt"] = [plan.negative_prompt]  # as the prompts: a list
         makers = {name: _called(teacher, whole, latents, n, guidance) for name, n in steps.items()}
-    told = family_of_pipeline(student)
     guided = {"guidance_scale": student_guidance(told)} if told.takes("guidance_scale") else {}
     makers |= {STUDENT: _called(teacher, student, latents, plan.student_steps, guided)}
     return makers, lambda system: turns.bring(student if system == STUDENT else teacher.pipeline)
+
+
+def lay_out_like(network: nn.Module, other: nn.Module) -> None:
+    """Give `network` the memory layout of `other`, the same network with other weights: on a GPU
+    `load_teacher` chooses channels_last, in which convolutions are faster."""
+    if any(weight.ndim == 4 and not weight.is_contiguous() for weight in other.parameters()):
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def compute_in(network: nn.Module, dtype: torch.dtype, device: str) -> None:
+    """Let `network` compute as `Teacher.network` does, whoever calls it: under autocast to `dtype`,
+    from float32 to float32."""
+    if dtype != torch.float32:
+        autocast = torch.autocast(torch.device(device).type, dtype=dtype)
+        network.forward = convert_outputs_to_fp32(autocast(network.forward))
 
 
 def _sampling_pipeline(teacher: Teacher, plan: SamplingPlan) -> Any:
@@ -160,6 +183,7 @@ def _solved(
             latents, [prompt],
             solver=plan.solver, steps=steps,
             guidance_scale=plan.guidance_scale, negative_prompt=plan.negative_prompt,
+            compute_dtype=getattr(torch, plan.compute_dtype),
         )  # fmt: skip
         return teacher.decode(samples)
 

@@ -9,6 +9,7 @@ import torch
 from diffusers.pipelines.ddpm import pipeline_ddpm
 
 from dmd_core.export import export_student
+from dmd_core.families import guidance_distilled, part_config
 from dmd_core.networks import DmdNetworks
 from dmd_core.parallel import World
 from dmd_core.teacher import teacher_revision
@@ -21,7 +22,6 @@ from pipelines.step_data import Progress
 from pipelines.storage import open_store
 from pipelines.systems import Networks, SamplingPlan, SystemSampler, network_evaluations
 from pipelines.teacher_actor import TeacherActor, TeacherTask
-from pipelines.timing import measure_speed
 from pipelines.train_config import TrainSection
 from pipelines.train_settings import stage_settings, trainer_settings
 from pipelines.workers import Group
@@ -34,6 +34,7 @@ from tests.dmd_core.family_calls import (
 )
 from tests.pipelines.dmd_runs import write_pictures
 from tests.pipelines.test_teacher_actor import rows
+from tests.pipelines.timed_calls import rows_of, timed_calls
 
 FLOW, VP = "flow_euler", "dpmsolver++"
 SOLVERS = {
@@ -152,14 +153,25 @@ def test_evaluations_are_those_that_happen(families, name, distilled, count):
     assert found == count == len(calls) * len(calls[0][0])
 
 
-@pytest.mark.parametrize("name", [pytest.param("sdxl", marks=pytest.mark.slow), "flux", "edm"])
-def test_speed_is_measured_of_both(networks, name):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [pytest.param("sdxl", "float32", marks=pytest.mark.slow), ("flux", "bfloat16"),
+     ("edm", "bfloat16")],
+)  # fmt: skip
+def test_speed_is_that_of_both_networks(networks, name, dtype):
     used = networks(name, (999,))
     if not torch.cuda.is_available():
         used = replace(used, gpus=1)  # a GPU of the cluster may be a logical one
-    measured = measure_speed(_plan(name, (999,)), used, ("cat",), repeats=1)
-    seconds = measured["seconds_per_picture"]
-    assert seconds.keys() == {"teacher", "teacher_1", "student"}
+    plan = replace(_plan(name, (999,)), compute_dtype=dtype)
+    timed = timed_calls(plan, used, ("cat",), repeats=1)
+    config, distilled = part_config(used.teacher, "scheduler"), guidance_distilled(used.teacher)
+    counts = {
+        system: network_evaluations(plan, config, system, distilled=distilled)
+        for system in ("teacher", "teacher_1", "student")
+    }
+    assert timed.rows == rows_of(counts, 1)
+    assert timed.dtypes == {which: {getattr(torch, dtype)} for which in ("teacher", "student")}
+    seconds = timed.measured["seconds_per_picture"]
     assert all(value["median"] > 0 for value in seconds.values())
 
 

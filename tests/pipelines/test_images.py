@@ -22,12 +22,13 @@ from dmd_core.noise import sample_noise
 from dmd_core.ode import make_scheduler, solvers_for
 from pipelines import images
 from pipelines.config import EvaluateSection, PairsSection, StorageSection
-from pipelines.evaluation import NOISE, NOISE_PROMPTS, evaluate, verdict
+from pipelines.evaluation import NOISE, NOISE_PROMPTS, evaluate
 from pipelines.images import SamplerPool, image_folders, make_images
+from pipelines.measures import verdict
 from pipelines.plots import picture_grid
 from pipelines.report import collect_inputs, render_report
 from pipelines.storage import open_store
-from pipelines.stored_images import open_images, stored_parts, stored_whole
+from pipelines.stored_images import array_of, open_images, stored_parts, stored_whole
 from pipelines.systems import (
     Networks,
     SamplingPlan,
@@ -35,7 +36,8 @@ from pipelines.systems import (
     load_plainly,
     network_evaluations,
 )
-from pipelines.timing import measure_energy, measure_speed, nvml_counter
+from pipelines.timing import measure_energy, nvml_counter
+from tests.pipelines.timed_calls import rows_of, timed_calls
 
 PROMPTS = tuple(
     f"a {colour} {thing}" for colour in ("red", "blue") for thing in "whale fox tree".split()
@@ -146,17 +148,38 @@ def test_network_evaluations_are_those_that_happen(sampler, networks, plan, solv
     assert network_evaluations(plan, config, "mean") == 0
 
 
-def test_speed_is_measured_for_every_system_that_has_a_pipeline(plan, networks):
-    found = measure_speed(plan, networks, PROMPTS, 3)
-    seconds = found["seconds_per_picture"]
-    assert set(seconds) == {"teacher", "teacher_1", "teacher_2", "student"}
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_speed_is_that_of_what_each_system_does(plan, networks, dtype):
+    """Of the right network, all of its evaluations and no others, both in the pictures' dtype."""
+    plan = replace(plan, compute_dtype=dtype)
+    timed = timed_calls(plan, networks, PROMPTS, 2)
+    config = load_plainly(networks.teacher, "cpu").scheduler.config
+    systems = ("teacher", "teacher_1", "teacher_2", "student")
+    counts = {system: network_evaluations(plan, config, system) for system in systems}
+    assert counts["teacher"] == 8 and counts["student"] == 1
+    assert timed.rows == rows_of(counts, 2)
+    assert timed.dtypes == {name: {getattr(torch, dtype)} for name in ("teacher", "student")}
+    assert timed.measured["compute_dtype"] == dtype
+    seconds = timed.measured["seconds_per_picture"]
     for entry in seconds.values():
-        assert 0 < entry["min"] <= entry["median"] <= entry["max"] and entry["repeats"] == 3
-    assert found["speed_up"] == seconds["teacher"]["median"] / seconds["student"]["median"]
-    assert found["joules_per_picture"] == {
+        assert 0 < entry["min"] <= entry["median"] <= entry["max"] and entry["repeats"] == 2
+    ratio = seconds["teacher"]["median"] / seconds["student"]["median"]
+    assert timed.measured["speed_up"] == ratio
+    assert timed.measured["joules_per_picture"] == {
         "value": "not measured",
         "reason": "no energy counter is read on cpu",
     }
+
+
+def test_the_timed_student_lies_in_memory_as_the_timed_teacher_does(plan, networks):
+    def on_a_gpu(network):
+        network.to(memory_format=torch.channels_last)
+
+    plan = replace(plan, steps=1, few_steps=())
+    plain, laid_out = (
+        timed_calls(plan, networks, PROMPTS, 1, *layout).strides for layout in ((), (on_a_gpu,))
+    )
+    assert plain["student"] == plain["teacher"] != laid_out["teacher"] == laid_out["student"]
 
 
 def test_energy_is_joules_over_pictures(monkeypatch):
@@ -335,7 +358,7 @@ def test_stored_pictures_are_read_in_parts_in_groups_and_from_the_top(evaluated)
     parts = list(images.parts())
     assert [len(part.prompts) for part in parts] == [8, 4]
     np.testing.assert_array_equal(
-        images.features, np.concatenate([part.features for part in parts])
+        array_of(images, "features"), np.concatenate([part.features for part in parts])
     )
     groups = images.groups(8)
     assert {row: group.prompts for row, group in groups.items()} == {
