@@ -29,14 +29,19 @@ from pipelines.plots import (
     narrowed_png,
 )
 from pipelines.report_text import (
+    device_words,
     findings,
     headline,
     health_lines,
+    kid_words,
     pair_switches,
     reference_words,
+    sample_words,
+    shown_words,
     system_names,
     table_rows,
     tiles,
+    unmeasured,
 )
 from pipelines.report_validation import (
     BEST,
@@ -44,6 +49,7 @@ from pipelines.report_validation import (
     VALIDATION,
     Validation,
     best_sentence,
+    failed_sentence,
     read_validation,
     validation_curves,
 )
@@ -150,6 +156,7 @@ def render_report(inputs: ReportInputs, template: str) -> str:
         findings=findings(metrics),
         tiles=tiles(metrics),
         cards=_cards(inputs),
+        shown=shown_words(metrics, len(inputs.prompts)),
         student_steps=metrics["systems"][STUDENT]["network_evaluations"],
         again=metrics.get("again", ""),
         curves=[
@@ -164,9 +171,13 @@ def render_report(inputs: ReportInputs, template: str) -> str:
             for name, svg in validation_curves(inputs.validation, marks).items()
         ],
         best=best_sentence(inputs.validation),
-        failed_validations=inputs.validation.failed,
+        failed=failed_sentence(inputs.validation),
         rows=table_rows(metrics, names),
         intervals=Markup(_kid_plot(metrics, names)),
+        sampled=sample_words(metrics),
+        kid_on=kid_words(metrics),
+        timed_on=device_words(metrics["timing"]),
+        unmeasured=unmeasured(metrics),
         energy=metrics["timing"]["joules_per_picture"],
         samples=[
             {"step": step, "src": _data_uri(narrowed_png(png, _SAMPLES_WIDTH))}

@@ -6,6 +6,8 @@ from typing import Any
 
 from pipelines.health_record import HealthEvent
 from pipelines.systems import MEAN, START, STUDENT, TEACHER, TEACHER_AGAIN, few_step_name
+from pipelines.timing import NOT_MEASURED
+from pipelines.unit import PICTURES
 
 
 def system_names(metrics: dict[str, Any]) -> dict[str, str]:
@@ -67,6 +69,55 @@ def findings(metrics: dict[str, Any]) -> list[str]:
     return sentences
 
 
+def sample_words(metrics: dict[str, Any]) -> str:
+    """What was sampled, such as "198 evaluation prompts" or "10 classes, 50,000 pictures"."""
+    prompts, samples = metrics["prompts"], metrics["samples"]
+    if samples == prompts:
+        return f"{prompts:,} {_prompts_are(metrics)}"
+    pictures = f"{samples:,} pictures"
+    return pictures if prompts == 1 else f"{prompts:,} {_prompts_are(metrics)}, {pictures}"
+
+
+def shown_words(metrics: dict[str, Any], count: int) -> str:
+    """What the first `count` cards show."""
+    repeated = metrics["samples"] != metrics["prompts"]
+    return f"{count} {'pictures' if repeated else _prompts_are(metrics)}"
+
+
+def kid_words(metrics: dict[str, Any]) -> str:
+    """On which of the pictures KID is taken; "": on all of them."""
+    taken = metrics.get("kid_samples", metrics["samples"])
+    return f", on the first {taken:,} pictures," if taken < metrics["samples"] else ""
+
+
+def device_words(timing: dict[str, Any]) -> str:
+    """Where the times were taken, and in which dtype the networks computed."""
+    threads, device = timing["threads"], timing["device"]
+    if device == "cpu":
+        device = f"CPU, {threads} thread{'s' * (threads > 1)}"
+    dtype = timing.get("compute_dtype")  # an earlier release did not record it
+    return f"{device}, {dtype}" if dtype else device
+
+
+def unmeasured(metrics: dict[str, Any]) -> list[str]:
+    """Why measures that a reader looks for are not there, a sentence each."""
+    reasons = {"FID": [entry.get("fid_reason") for entry in metrics["systems"].values()]}
+    score = metrics.get("alignment", {}).get("clip_score")
+    reasons["CLIP score"] = [score] if isinstance(score, str) else []
+    sentences = []
+    for name, found in reasons.items():
+        told = [text.removeprefix(f"{NOT_MEASURED}: ") for text in dict.fromkeys(found) if text]
+        if told:
+            sentences.append(f"{name}: {NOT_MEASURED} ({'; '.join(told)}).")
+    return sentences
+
+
+def _prompts_are(metrics: dict[str, Any]) -> str:
+    """The classes of a class-conditional teacher are all there are. Of other prompts nothing says
+    whether the student was trained on them."""
+    return "classes" if metrics["interval_over"] == PICTURES else "evaluation prompts"
+
+
 def tiles(metrics: dict[str, Any]) -> list[dict[str, str]]:
     systems, timing = metrics["systems"], metrics["timing"]
     student, teacher = systems[STUDENT], systems[TEACHER]
@@ -74,7 +125,7 @@ def tiles(metrics: dict[str, Any]) -> list[dict[str, str]]:
         {
             "value": f"{_ratio(timing['speed_up'])}×",
             "label": "speed-up per picture",
-            "note": f"one at a time, on {_device(timing)}",
+            "note": f"one at a time, on {device_words(timing)}",
         },
         {
             "value": f"{teacher['network_evaluations']} → {student['network_evaluations']}",
@@ -179,13 +230,6 @@ def _done(event: HealthEvent) -> str:
 
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3g}"
-
-
-def _device(timing: dict[str, Any]) -> str:
-    threads = timing["threads"]
-    if timing["device"] != "cpu":
-        return timing["device"]
-    return f"CPU, {threads} thread{'s' * (threads > 1)}"
 
 
 def _seconds(value: float) -> str:

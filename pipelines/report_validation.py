@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipelines.beside_results import BEST
@@ -24,11 +24,11 @@ _LABELS = {
 @dataclass(frozen=True)
 class Validation:
     """`results`: step → metric → value and mostly low and high, all finite, ascending. `best`: of
-    best.json."""
+    best.json. `failed`: step → why, ascending; "" where that is not known."""
 
     results: Mapping[int, Mapping[str, Mapping[str, float]]]
     best: Mapping[str, Any] | None = None
-    failed: Sequence[int] = ()
+    failed: Mapping[int, str] = field(default_factory=dict)
 
 
 NO_VALIDATION = Validation({})
@@ -53,7 +53,11 @@ def read_validation(run: Store) -> Validation:
             if _inputs(content) == inputs
         },
         best=json.loads(run.fs.cat_file(path)) if run.fs.exists(path) else None,
-        failed=sorted(set(found) - set(measured)),
+        failed={
+            step: str(content.get("error") or "")
+            for step, content in sorted(found.items())
+            if step not in measured
+        },
     )
 
 
@@ -84,6 +88,18 @@ def best_sentence(validation: Validation) -> str:
         return ""
     metric = {"kid": "KID", "rmse": "RMSE"}.get(best["metric"], best["metric"])
     return f"Best by {metric}: step {best['step']}, with {best['value']:.3g}."
+
+
+def failed_sentence(validation: Validation) -> str:
+    """Which evaluations failed, and why the last of them did; empty without any."""
+    if not validation.failed:
+        return ""
+    *_, (last, why) = validation.failed.items()
+    steps = ", ".join(map(str, validation.failed))
+    several = len(validation.failed) > 1
+    of = f"evaluations of steps {steps}" if several else f"evaluation of step {last}"
+    reason = f"{', the last one' * several}: {why.rstrip('.')}" if why else ""
+    return f"The {of} failed{reason}."
 
 
 def _inputs(content: Mapping[str, Any]) -> Any:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.beside_results import Evaluated, write_result
 from pipelines.health_record import HealthEvent, HealthRecordError, add_event
 from pipelines.plots import loss_curve, loss_series, picture_grid, running_mean
 from pipelines.report import ReportInputs, Source, collect_inputs, render_report, went_on_at
@@ -214,6 +215,47 @@ def test_distances_are_named_after_what_they_are_taken_to():
     assert "distance to the teacher (KID)" not in of_real
 
 
+def _text(html: str) -> str:
+    return re.sub(r"\s+", " ", _Page(html).text)
+
+
+def test_prompts_are_not_said_to_be_held_out_and_classes_are_called_classes():
+    prompts = _text(render_report(_inputs(), TEMPLATE))
+    assert "The first 3 evaluation prompts, none left out." in prompts
+    assert "20 evaluation prompts; ± is half the 95 % confidence interval over prompts" in prompts
+    assert "KID is the kernel distance to an independent draw of the teacher (feat" in prompts
+    of_classes = {"prompts": 10, "samples": 50_000, "interval_over": "pictures"}
+    metrics = _metrics() | of_classes | {"kid_samples": 5000, "reference": "real"}
+    classes = _text(render_report(_inputs(metrics=metrics), TEMPLATE))
+    assert "The first 3 pictures, none left out." in classes
+    assert "10 classes, 50,000 pictures; ± is half the 95 % confidence interval over pi" in classes
+    assert "KID, on the first 5,000 pictures, is the kernel distance to real pictures (" in classes
+    assert "held-out" not in prompts + classes
+    alone = _metrics() | of_classes | {"prompts": 1}  # a teacher without classes
+    assert "50,000 pictures; ±" in _text(render_report(_inputs(metrics=alone), TEMPLATE))
+
+
+def test_what_was_asked_for_and_not_measured_is_told_with_the_reason():
+    metrics = _metrics() | {"alignment": {"clip_score": "not measured: no CLIP model is named"}}
+    for entry in metrics["systems"].values():
+        entry.update(fid=None, fid_reason="5,000 pictures; expected at least 8,192")
+    text = _text(render_report(_inputs(metrics=metrics), TEMPLATE))
+    assert "FID: not measured (5,000 pictures; expected at least 8,192)." in text
+    assert "CLIP score: not measured (no CLIP model is named)." in text
+    metrics = _metrics()
+    metrics["systems"]["student"]["fid"] = {"value": 4.2, "samples": 50_000}
+    text = _text(render_report(_inputs(metrics=metrics), TEMPLATE))
+    assert "FID: " not in text and "CLIP score" not in text and "4.20" in text
+
+
+def test_the_dtype_of_the_timed_networks_stands_beside_their_device():
+    metrics = _metrics()
+    metrics["timing"] |= {"device": "A GPU", "compute_dtype": "bfloat16"}
+    text = _text(render_report(_inputs(metrics=metrics), TEMPLATE))
+    assert text.count("on A GPU, bfloat16") == 2
+    assert "batch 1, on CPU, 1 thread." in _text(render_report(_inputs(), TEMPLATE))
+
+
 def test_only_systems_whose_pictures_are_there_are_announced():
     text = "Small: the student before training (“Start”) and the teacher in one step."
     assert text in render_report(_inputs(), TEMPLATE)
@@ -390,6 +432,18 @@ def test_what_was_measured_while_it_trained_is_drawn(tmp_path):
     assert sum("RMSE" in label for label in labels) == 1
     assert sum("(FID)" in label for label in labels) == 1
     assert not any("retrieval" in label for label in labels)
+
+
+def test_evaluations_that_all_failed_are_shown_with_the_reason_of_the_last(tmp_path):
+    run = open_store(str(tmp_path))
+    for step, error in ((200, "a disk was full"), (400, "CUDA <out of> memory.")):
+        write_result(run, Evaluated(step, error=error))
+    html = render_report(_inputs(validation=read_validation(run)), TEMPLATE)
+    assert (
+        "No evaluation beside the training gave a figure. The evaluations of steps 200, 400 "
+        "failed, the last one: CUDA <out of> memory. Source: validation/."
+    ) in _text(html)
+    assert "CUDA <out of>" not in html
 
 
 def test_a_run_is_collected_with_its_health_and_validation(tmp_path):
