@@ -20,7 +20,7 @@ from dmd_core.checkpoint import Tensors
 from dmd_core.diffusers_schedules import family as schedule_family
 from dmd_core.families import CLASSES, Family
 from dmd_core.lora import LoraSettings, add_lora, fuse_lora, lora_config, lora_state
-from dmd_core.model_card import model_card
+from dmd_core.model_card import UNKNOWN, Origin, model_card
 from dmd_core.schedule import Schedule
 from dmd_core.student_schedulers import student_scheduler
 from dmd_core.teacher import Teacher
@@ -39,13 +39,15 @@ def export_student(
     card: dict,
     dtype: torch.dtype,
     lora: LoraSettings | None = None,
+    origin: Origin = UNKNOWN,
 ) -> None:
     """Write `target`/ as a pipeline folder: the teacher's parts, the student's network, its steps.
 
     `generator` holds the trained weights; buffers (positions) are the teacher's, for nothing trains
     them. With `lora` it holds adapters: the network is exported with them fused, and the
-    adapters alone go to `target`/lora/. `card` goes into the model card. A folder is complete or
-    absent: it is written beside and moved into place. The teacher is left as it was.
+    adapters alone go to `target`/lora/. `card` and `origin`, what is known of the teacher, go into
+    the model card. A folder is complete or absent: it is written beside and moved into place. The
+    teacher is left as it was.
     """
     network, family = copy.deepcopy(teacher.model), teacher.family
     scheduler = teacher_student_scheduler(teacher, timesteps)
@@ -62,8 +64,11 @@ def export_student(
         if teacher.encoder.class_names:
             (temporary / CLASSES).write_text(json.dumps(teacher.encoder.class_names))
         absent = [name for name in family.optional if getattr(pipeline, name, card) is None]
-        text = model_card(family, card, teacher.size, len(timesteps), lora is not None, absent)
-        (temporary / "README.md").write_text(text)
+        text = model_card(
+            family, card, teacher.size, len(timesteps), lora is not None, absent,
+            dtype=dtype, origin=origin,
+        )  # fmt: skip
+        (temporary / "README.md").write_text(text, encoding="utf-8")
         if Path(target).exists():
             shutil.rmtree(target)
         temporary.rename(target)

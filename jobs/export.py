@@ -19,6 +19,7 @@ from pipelines.student_export import (
     checkpoint_digest,
     export_checkpoint,
     load_student,
+    teacher_origin,
     weights_kind,
 )
 
@@ -151,14 +152,15 @@ def _write(session: Session, teacher: Teacher, checkpoint, card: dict[str, Any])
     """Returns the digest of what was written. Until it is there in full nothing says it is: what
     says so of an older student goes first."""
     store, section = session.store, session.recipe.train
+    origin = teacher_origin(session.teacher_url, session.teacher_dir, session.recipe.storage)
     delete_if_there(store, store.path(EXPORTED))
     if is_local(store.fs):
         store.fs.makedirs(store.root, exist_ok=True)
-        export_checkpoint(teacher, checkpoint, store.path(STUDENT), section, card)
+        export_checkpoint(teacher, checkpoint, store.path(STUDENT), section, card, origin)
         return teacher_revision(store.path(STUDENT))
     with tempfile.TemporaryDirectory(prefix="dmd-export-") as folder:
         local = Path(folder) / STUDENT
-        export_checkpoint(teacher, checkpoint, str(local), section, card)
+        export_checkpoint(teacher, checkpoint, str(local), section, card, origin)
         if store.fs.exists(store.path(STUDENT)):
             store.fs.rm(store.path(STUDENT), recursive=True)
         store.fs.put(f"{local}/", f"{store.path(STUDENT)}/", recursive=True)

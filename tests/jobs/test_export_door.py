@@ -68,7 +68,9 @@ def test_another_recipe_is_refused_and_what_may_change_is_not(dmd):
 
 def test_a_teacher_elsewhere_is_taken_and_another_one_is_refused(dmd, tiny_teacher_dir, tmp_path):
     moved = Path(shutil.copytree(tiny_teacher_dir, tmp_path / "moved"))
+    (moved / "README.md").write_text("---\nlicense: mit\n---\n")
     assert dmd("export", teacher__path=moved)[0] == Exit.OK
+    assert "\nlicense: mit\n" in (dmd.folder / "student" / "README.md").read_text()
 
     shutil.rmtree(dmd.folder / "student")
     config = moved / "unet" / "config.json"
