@@ -20,15 +20,21 @@ class Measured:
 
 
 class LogWindow:
-    """Every worker has one. `steps`: in it so far."""
+    """Every worker has one. `steps`: in it so far. `nonfinite_before`: updates that the run had
+    left out when it began."""
 
-    def __init__(self) -> None:
-        self.steps = 0
+    def __init__(self, nonfinite_before: int) -> None:
+        self.steps, self._nonfinite_before = 0, nonfinite_before
         self._tally, self._started = Tally(), time.monotonic()
 
     def add(self, tally: Tally) -> None:
         self._tally.merge(tally)
         self.steps += 1
+
+    def nonfinite_updates(self, so_far: int) -> int:
+        """Left out in this window, `so_far` in the whole run. Rules judge lines: what a week adds
+        up to says nothing about now."""
+        return so_far - self._nonfinite_before
 
     def measured(self, group: Group, device: torch.device) -> Measured:
         """At the same step on all workers. `device`: where they add up."""

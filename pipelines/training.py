@@ -141,7 +141,7 @@ class _DmdRun:
         keys = _remedied(keys, self.health.remedies)
         self.trainer.enter_stage(stage_settings(section, keys, self.inputs.distance(keys)))
         board_throttle = Throttle(0.5)
-        window = LogWindow()
+        window = LogWindow(self.trainer.nonfinite_updates)
         over = self.progress.stage_is_over(stage, keys, None)  # the stage, or all
         while not over:
             data = self.data.draw(self.progress, keys, self.versions.stream(keys))
@@ -159,7 +159,7 @@ class _DmdRun:
                 self.board.set.remote(done=step, **self._shown(tally, stage.name))
             if step % section.logging_steps == 0 or over:
                 metrics = self._logged(window, keys)
-                window = LogWindow()
+                window = LogWindow(self.trainer.nonfinite_updates)
                 if self._ails(metrics):
                     return
                 ended = self.progress.stage_is_over(stage, keys, metrics)
@@ -199,10 +199,9 @@ class _DmdRun:
         metrics = found.means | {
             "samples_per_second": keys.train_batch_size / found.step_s,
             "data_wait": self.data.waited_s / found.elapsed_s,
+            "nonfinite_updates": window.nonfinite_updates(self.trainer.nonfinite_updates),
         }
         self.data.waited_s = 0.0
-        if self.trainer.nonfinite_updates:
-            metrics["nonfinite_updates"] = self.trainer.nonfinite_updates
         return metrics | derived(metrics, self.versions.statistics())
 
     def _log(self, metrics: Mapping[str, float]) -> None:

@@ -10,18 +10,25 @@ import ray.train
 import torch
 
 from dmd_core.checkpoint import Checkpoint, committed_steps, load_checkpoint
+from dmd_core.health import Tally
+from dmd_core.parallel import World
 from dmd_core.teacher import load_teacher, teacher_revision
 from pipelines.config import PairsSection, StorageSection
 from pipelines.dataset_pins import read_pins
+from pipelines.health_rules import HealthMonitor
+from pipelines.health_settings import HealthRule, HealthSection
 from pipelines.health_watch import StoppedError
 from pipelines.lease import LeaseLostError, hold_lease
+from pipelines.log_window import LogWindow
 from pipelines.manifest import load_manifest
 from pipelines.manifest_model import Manifest
+from pipelines.preemption import PreemptionWatch
 from pipelines.run_folder import CHECKPOINTS
+from pipelines.stage_settings import StageKeys
 from pipelines.storage import Store, open_store
 from pipelines.train_config import TrainSection
 from pipelines.training import _DmdRun, train_loop
-from pipelines.workers import run_worker_group
+from pipelines.workers import Group, run_worker_group
 from tests.pipelines.dmd_runs import seal_pairs, write_pictures
 
 ROWS = 24
@@ -224,3 +231,25 @@ def test_a_run_that_is_stopped_waits_for_the_save_under_way(monkeypatch, error, 
     with pytest.raises(error, match="over"):
         run.run()
     assert closed == ["checkpoints"] * waits + ["data", "log"]
+
+
+def test_updates_that_are_left_out_are_counted_by_the_line():
+    """Eleven in a week are nothing: rules judge the line before them, one without any, too."""
+    run: Any = object.__new__(_DmdRun)
+    run.group, run.trainer = Group(0, 1), SimpleNamespace(nonfinite_updates=7)
+    run.networks = SimpleNamespace(world=World())
+    run.data, run.preemption = SimpleNamespace(waited_s=0.0), PreemptionWatch()
+    run.versions = SimpleNamespace(statistics=lambda: None)
+    rule = HealthRule(metric="nonfinite_updates", above=1, windows=2, action="stop")
+    monitor = HealthMonitor(HealthSection(rules=(rule,), warmup_steps=0))
+
+    def verdict(step: int, left_out: int) -> Any:
+        window = LogWindow(run.trainer.nonfinite_updates)
+        window.add(Tally())
+        run.trainer.nonfinite_updates += left_out
+        metrics = run._measure(window, StageKeys())
+        assert metrics["nonfinite_updates"] == left_out
+        return monitor.look(step, metrics)
+
+    assert [verdict(step, left_out) for step, left_out in enumerate((2, 0, 2, 1, 2))] == [None] * 5
+    assert verdict(5, 2).since_step == 4
