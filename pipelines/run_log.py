@@ -1,6 +1,7 @@
 """What a run says of itself as it goes: metrics.jsonl, trackers, samples/step_*.png."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,13 +14,14 @@ from pipelines.fence import Fence
 from pipelines.metrics_log import MetricsLog
 from pipelines.patience import insist
 from pipelines.plots import picture_grid
-from pipelines.progress import Throttle
 from pipelines.sample_files import SAMPLES, sample_files, sample_path
 from pipelines.storage import Store
 from pipelines.trackers import Tracker, TrackerName, open_trackers
 from pipelines.workers import Group
 
 _FLUSH_S = 10.0
+# Times as long as a flush took: training waits for it, and it takes longer as the run grows.
+_PAUSE = 100
 _logger = logging.getLogger(__name__)
 
 
@@ -46,7 +48,7 @@ class RunLog:
         if self._writes:
             trackers = open_trackers(report_to, store, resume_step=step, settings=settings)
         self._log = MetricsLog(store, resume_step=step, trackers=trackers)
-        self._due = Throttle(_FLUSH_S)
+        self._due = 0.0  # when lines are written next, if no save does so before
         self._drop_pictures_after(step)
 
     @property
@@ -57,7 +59,7 @@ class RunLog:
     def append(self, line: Mapping[str, Any]) -> None:
         with _warned("curves", "written"):  # the line itself waits in memory
             self._log.append(line)
-        if self._due.ready():
+        if time.monotonic() >= self._due:
             self.flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -80,8 +82,12 @@ class RunLog:
             self._log.add_picture(SAMPLES, step, np.concatenate(rows[1], axis=1))
 
     def flush(self, *, surely: bool = False) -> None:
+        """Before every save: a run goes on with the lines up to its checkpoint."""
+        started = time.monotonic()
         if self._writes and self._fence.holds():
             _write(self._log.flush, "metrics", surely)
+        ended = time.monotonic()
+        self._due = ended + max(_FLUSH_S, _PAUSE * (ended - started))
 
     def rewind(self, step: int) -> None:
         """Forget what came after `step`."""
@@ -90,6 +96,7 @@ class RunLog:
         self._drop_pictures_after(step)
 
     def close(self) -> None:
+        self.flush()  # what led to an error can be seen
         with _warned("curves", "written"):
             self._log.close()
 

@@ -17,7 +17,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from pipelines import progress
+from pipelines import metrics_log, progress
 from pipelines.metrics_log import MetricsLog
 from pipelines.storage import Store, open_store
 from pipelines.trackers import TensorBoard, check_trackers, open_trackers, tracker_names
@@ -80,6 +80,28 @@ def test_what_is_not_finite_is_null(store):
     log.close()
     assert _written(store) == [{"step": 1, "a": None, "b": None, "c": 1}] == list(log.lines)
     assert _tensorboard(store, "train/a") == {} and _tensorboard(store, "train/c") == {1: 1.0}
+
+
+def test_a_line_is_encoded_once_and_nothing_new_is_not_written(store, monkeypatch):
+    """A week of fast steps is 160 MB of lines, and training waits for each flush."""
+    encoded, written = [], []
+    dumps, write = metrics_log.json.dumps, metrics_log.write_atomic
+    monkeypatch.setattr(metrics_log.json, "dumps", lambda v: encoded.append(v) or dumps(v))
+    monkeypatch.setattr(
+        metrics_log, "write_atomic", lambda *args: written.append(args) or write(*args)
+    )
+    log = _open(store, report_to="none")
+    for step in (10, 20, 30):
+        log.append({"step": step, "loss_dm": float(step)})
+        log.flush()
+    log.flush()
+    assert [line["step"] for line in encoded] == [10, 20, 30] and len(written) == 3
+    log.rewind(20)
+    log.flush()
+    assert len(encoded) == 3 and len(written) == 4
+    monkeypatch.undo()
+    assert [line["step"] for line in _written(store)] == [10, 20]
+    assert list(_open(store, 20, "none").lines) == _written(store)
 
 
 # ---------------------------------------------------------------------- TensorBoard

@@ -1,4 +1,7 @@
-"""The pictures of a run's own log: those of steps that were lost or given up go."""
+"""A run's own log: its lines, and its pictures, of which those of steps that were given up go."""
+
+import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,3 +122,45 @@ def test_every_tracker_is_ended_whatever_another_raises(run):
     with pytest.raises(OSError, match="connection refused"):
         log.close()
     assert sorted(ended) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("flush_s", "flushes"), [(0.0, 100), (2.0, 5)])
+def test_less_than_a_hundredth_of_the_time_is_spent_on_writing_lines(
+    tmp_path, monkeypatch, flush_s, flushes
+):
+    """In a thousand seconds with a line in each; a save writes at once."""
+    store, now, written = open_store(str(tmp_path / "run")), [0.0], []
+    with hold_lease(store, period_s=30, purpose="a test"):
+        pass
+    log = _log(store, 0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    flush = module.MetricsLog.flush
+
+    def slow(self):
+        now[0] += flush_s
+        written.append(now[0])
+        flush(self)
+
+    monkeypatch.setattr(module.MetricsLog, "flush", slow)
+    for step in range(1, 1000):
+        log.append({"step": step})
+        now[0] += 1
+    assert len(written) == flushes
+    assert flush_s * len(written[:-1]) <= now[0] / 100
+    log.append({"step": 1000})
+    log.flush()  # as a save does
+    assert [line["step"] for line in _lines(store)] == list(range(1, 1001))
+
+
+def test_the_last_lines_before_an_error_are_there(run):
+    log = _log(run, 0)
+    for step in (10, 20):
+        log.append({"step": step})
+    assert [line["step"] for line in _lines(run)] == [10]
+    log.close()
+    assert [line["step"] for line in _lines(run)] == [10, 20]
+
+
+def _lines(store: Store) -> list[dict]:
+    content = store.fs.cat_file(store.path("metrics.jsonl"))
+    return [json.loads(line) for line in content.splitlines()]
