@@ -1,9 +1,9 @@
 """Station 9: seconds and joules per picture, as a user of the two pipelines would see them.
 
 One picture at a time through the pipeline's own `__call__`: prompt encoding, network
-evaluations and decoding. Teacher and student are run alike: the networks in one memory layout, and
-in the dtype that the teacher's pictures are made in, the rest in float32. The one place in the
-library that reads the wall clock, because here it is the instrument.
+evaluations and decoding. Teacher and student are run alike: in one memory layout, networks
+and text encoders in the dtype that the teacher's pictures are made in. The one place in the library
+that reads the wall clock, because here it is the instrument.
 """
 
 import statistics
@@ -133,15 +133,15 @@ def _picture_makers(plan: SamplingPlan, local: Networks) -> tuple[Makers, Callab
     latents = sample_noise([plan.seed], shape, torch.float16).float().to(local.device)
     student = with_latents(load_plainly(local.student, "cpu"))
     told = family_of_pipeline(student)
-    network, dtype = getattr(student, told.model), getattr(torch, plan.compute_dtype)
-    lay_out_like(network, teacher.model)
-    compute_in(network, dtype, local.device)
+    lay_out_like(getattr(student, told.model), teacher.model)
+    dtype = getattr(torch, plan.compute_dtype)
+    compute_in(student, dtype, local.device)
     steps = {TEACHER: plan.steps} | plan.few()
     if teacher.family.on_pixels:  # no pipeline of diffusers guides these, or takes our solver
         makers = {name: _solved(teacher, plan, latents, n) for name, n in steps.items()}
     else:
-        compute_in(teacher.model, dtype, local.device)
         whole = _sampling_pipeline(teacher, plan)
+        compute_in(whole, dtype, local.device)
         guidance: dict[str, Any] = {"guidance_scale": plan.guidance_scale}
         if plan.guidance_scale > 1:
             guidance["negative_prompt"] = [plan.negative_prompt]  # as the prompts: a list
@@ -158,12 +158,17 @@ def lay_out_like(network: nn.Module, other: nn.Module) -> None:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def compute_in(network: nn.Module, dtype: torch.dtype, device: str) -> None:
-    """Let `network` compute as `Teacher.network` does, whoever calls it: under autocast to `dtype`,
-    from float32 to float32."""
-    if dtype != torch.float32:
-        autocast = torch.autocast(torch.device(device).type, dtype=dtype)
-        network.forward = convert_outputs_to_fp32(autocast(network.forward))
+def compute_in(pipeline: Any, dtype: torch.dtype, device: str) -> None:
+    """Let the pipeline's network and text encoders compute as the teacher's do where its pictures
+    are made: under autocast to `dtype`, from float32 to float32."""
+    if dtype == torch.float32:
+        return
+    family = family_of_pipeline(pipeline)
+    for name in family.parts:
+        part = getattr(pipeline, name, None)
+        if part is not None and (name == family.model or name.startswith("text_encoder")):
+            autocast = torch.autocast(torch.device(device).type, dtype)
+            part.forward = convert_outputs_to_fp32(autocast(part.forward))
 
 
 def _sampling_pipeline(teacher: Teacher, plan: SamplingPlan) -> Any:

@@ -155,7 +155,7 @@ def test_evaluations_are_those_that_happen(families, name, distilled, count):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [pytest.param("sdxl", "float32", marks=pytest.mark.slow), ("flux", "bfloat16"),
+    [pytest.param("sdxl", "bfloat16", marks=pytest.mark.slow), ("flux", "bfloat16"),
      ("edm", "bfloat16")],
 )  # fmt: skip
 def test_speed_is_that_of_both_networks(networks, name, dtype):

@@ -19,8 +19,8 @@ Rows = dict[str, list[tuple[int, int]]]
 @dataclass
 class TimedCalls:
     """`measured`: what `measure_speed` returned. `rows`: system → rows of the teacher's network and
-    of the student's, for each timed call. Of each network: `dtypes`, of what its linear and
-    convolutional layers gave, and `strides`, of its weights."""
+    of the student's, for each timed call. Of each: `dtypes`, of what the linear and convolutional
+    layers of network and text encoders gave, and `strides`, of the network's weights."""
 
     measured: dict[str, Any]
     rows: Rows
@@ -36,12 +36,14 @@ class _Watch:
         self.rows: Counter[str] = Counter()
         self.dtypes: dict[str, set[torch.dtype]] = {"teacher": set(), "student": set()}
 
-    def add(self, name: str, network: nn.Module) -> None:
-        self.networks[name] = network
+    def add(self, name: str, pipeline: Any) -> None:
+        family = timing.family_of_pipeline(pipeline)
+        network = self.networks[name] = getattr(pipeline, family.model)
         network.register_forward_hook(
             lambda module, args, output: self.rows.update({name: len(output[0])})
         )
-        for layer in network.modules():
+        encoders = [part for key, part in pipeline.components.items() if "text_enc" in key]
+        for layer in (layer for part in (network, *encoders) if part for layer in part.modules()):
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 layer.register_forward_hook(
                     lambda module, args, output: self.dtypes[name].add(output.dtype)
@@ -63,12 +65,12 @@ def timed_calls(
     def teacher(*args: Any, **kwargs: Any) -> Any:
         loaded = load_teacher(*args, **kwargs)
         layout(loaded.model)
-        watch.add("teacher", loaded.model)
+        watch.add("teacher", loaded.pipeline)
         return loaded
 
     def student(*args: Any) -> Any:
         pipeline = load_plainly(*args)
-        watch.add("student", getattr(pipeline, timing.family_of_pipeline(pipeline).model))
+        watch.add("student", pipeline)
         return pipeline
 
     def read() -> float:
