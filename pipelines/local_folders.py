@@ -7,6 +7,7 @@ and delete them. The name of a folder is a digest of what it was made from, so n
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,10 @@ from pipelines.storage import Store
 
 LIBRARY = "one-step-dmd"
 Choose = Callable[[Sequence[str]], Iterable[str]]
+
+
+class UnsafeNameError(ValueError):
+    """A name in a store that would lead out of the folder that it is copied to."""
 
 
 def made_once(kind: str, inputs: Any, make: Callable[[Path], None]) -> str:
@@ -46,7 +51,7 @@ def nearby(store: Store, choose: Choose | None = None) -> str:
 
     `choose`: of a remote folder's files (relative names) those that are copied; None: all. The
     copy belongs to what the store holds now, by their sizes and ETags: when that changes, so does
-    the copy. Raises `FileNotFoundError`.
+    the copy. Raises `FileNotFoundError`, and `UnsafeNameError` before anything is written.
     """
     if is_local(store.fs):
         if not store.fs.exists(store.root):
@@ -66,12 +71,14 @@ def nearby(store: Store, choose: Choose | None = None) -> str:
         )
         return str(Path(folder) / name)
     if choose is None:
+        _check_names(listing, store)
         return made_once(
             "copies",
             [store.url, listing],
             lambda to: store.fs.get(store.root + "/", str(to), recursive=True),
         )
     chosen = sorted(choose(list(listing)))
+    _check_names(chosen, store)
     return made_once(
         "copies",
         [store.url, {name: listing[name] for name in chosen}],
@@ -79,3 +86,13 @@ def nearby(store: Store, choose: Choose | None = None) -> str:
             [store.path(name) for name in chosen], [str(to / name) for name in chosen]
         ),
     )
+
+
+def _check_names(names: Iterable[str], store: Store) -> None:
+    """A bucket's objects may be called anything; a disk takes `..` for the folder above."""
+    for name in names:
+        if name.startswith("/") or ".." in re.split(r"[/\\]", name):
+            raise UnsafeNameError(
+                f"{store.url} has a file {name!r}, which would be copied to another folder than "
+                "its own; remove it, or name another store"
+            )

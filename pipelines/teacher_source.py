@@ -151,15 +151,20 @@ def _of_parts(parts: Iterable[str], patterns: Iterable[str]) -> list[str]:
 
 
 def _parts(index: str | bytes, where: object) -> list[str]:
-    """The parts of a pipeline that are folders of their own. `where`: its name, for the error."""
+    """The parts of a pipeline that are folders of their own. `where`: its name, for the error. A
+    part is an argument of the pipeline, so its name cannot lead to another folder."""
     try:
-        return [
+        parts = [
             name
             for name, value in json.loads(index).items()
             if isinstance(value, list) and value[0] is not None and name not in _NOT_NEEDED
         ]
     except (ValueError, AttributeError, IndexError) as error:
         raise TeacherError(f"{where} is not the index of a diffusers pipeline: {error}") from error
+    strange = [name for name in parts if not name.isidentifier()]
+    if strange:
+        raise TeacherError(f"{where} names a part {strange[0]!r}; expected names such as unet")
+    return parts
 
 
 # ---------------------------------------------------------------------- folders

@@ -12,11 +12,13 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from fsspec.implementations.memory import MemoryFileSystem
 
 from dmd_core.teacher import TeacherError, check_teacher, load_teacher, teacher_revision
 from pipelines.config import TeacherSection
 from pipelines.hub import HubError, hub_folder
-from pipelines.local_folders import made_once, nearby
+from pipelines.local_folders import UnsafeNameError, made_once, nearby
+from pipelines.storage import Store
 from pipelines.teacher_source import TeacherSource, local_teacher, teacher_source
 from tests.pipelines.hub_server import hub
 from tests.pipelines.original_checkpoint import save_original
@@ -283,6 +285,41 @@ def test_what_is_put_beside_a_teacher_in_a_bucket_makes_no_new_copy(
     s3_store.fs.rm_file(s3_store.path("teacher", "model_index.json"))
     with pytest.raises(TeacherError, match=r"teacher s3://.* has no model_index\.json; expected"):
         local_teacher(in_bucket, s3_options)
+
+
+OUT = "../../../../../out"  # of a copy's folder, and of the cache
+
+
+@pytest.fixture
+def strange_bucket(monkeypatch) -> Store:
+    """A bucket whose objects are called as somebody likes who means harm."""
+
+    class Bucket(MemoryFileSystem):
+        store, pseudo_dirs, cachable = {}, [""], False
+
+    bucket = Store(Bucket(), "/bucket/teacher")
+    for name in ("unet", "/out", OUT):
+        bucket.fs.pipe_file(f"{bucket.root}/{name}/config.json", b"{}")
+    monkeypatch.setattr("pipelines.teacher_source.open_store", lambda *given: bucket)
+    return bucket
+
+
+@pytest.mark.parametrize("part", [OUT, "/out", "unet/..", ""])
+def test_a_part_that_leads_out_of_the_cache_is_refused(strange_bucket, tmp_path, part):
+    index = json.dumps({"unet": ["diffusers", "X"], part: ["diffusers", "Y"]}).encode()
+    strange_bucket.fs.pipe_file(strange_bucket.path("model_index.json"), index)
+    with pytest.raises(TeacherError, match=r"s3:.*/model_index\.json names a part "):
+        local_teacher("s3://bucket/teacher")
+    assert not list(tmp_path.rglob("config.json"))
+
+
+@pytest.mark.parametrize("choose", [None, lambda names: [n for n in names if ".." in n]])
+def test_a_name_that_leads_out_of_the_cache_is_not_copied(strange_bucket, tmp_path, choose):
+    with pytest.raises(UnsafeNameError, match="would be copied to another folder"):
+        nearby(strange_bucket, choose)
+    assert not list(tmp_path.rglob("config.json"))
+    folder = nearby(strange_bucket, lambda names: [n for n in names if n.startswith("unet/")])
+    assert files_of(folder) == {"unet/config.json"}
 
 
 def test_of_several_that_want_a_folder_one_makes_it():
