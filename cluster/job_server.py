@@ -178,7 +178,7 @@ def _address_wins(address: str) -> Iterator[None]:
 @contextmanager
 def _server_errors(address: str) -> Iterator[None]:
     """Ray's client raises plain errors; sort them into refused and worth another try."""
-    from ray.exceptions import AuthenticationError
+    from ray.exceptions import AuthenticationError, RayError
     from requests.exceptions import RequestException
 
     server = f"the job server at {without_user_info(address)}"
@@ -190,7 +190,7 @@ def _server_errors(address: str) -> Iterator[None]:
             "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's (`ray get-auth-token` there)"
         )
         raise TokenError(message) from error
-    except (RequestException, ConnectionError) as error:
+    except (RequestException, ConnectionError, RayError) as error:
         message = f"{server} does not answer: {_one_line(error)}"
         raise SubmitError(message, transient=True) from error
     except (RuntimeError, ValueError) as error:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster.nodes import ClusterError, NodeRecord, Place, Size
-from cluster.processes import Birth
+from cluster.processes import Birth, find
 
 _RECORD, _TOKEN, _LOCK = "cluster.json", "token", "lock"
 _VERSION = 1
@@ -75,6 +75,15 @@ def read_record(folder: Path) -> ClusterRecord | None:
             f"{path} is not the record of a local cluster ({error}); expected what `dmd cluster "
             "up` writes. End the processes of that cluster by hand and remove the file"
         ) from error
+
+
+def read_living(folder: Path) -> ClusterRecord | None:
+    """As `read_record`, while the head lives. The file outlasts a cluster that ended with its
+    machine, and another job server may listen at that address now."""
+    record = read_record(folder)
+    if record is None or not record.nodes or find(record.nodes[0].process) is None:
+        return None
+    return record
 
 
 def write_record(folder: Path, record: ClusterRecord) -> None:

@@ -13,14 +13,16 @@ from rich.text import Text
 
 from cluster.follow import JobGoneError, follow, progress_title, without_old_progress
 from cluster.job_server import ClusterJob, JobServer, SubmitError
-from cluster.record import default_folder, read_record, read_token
+from cluster.nodes import ClusterError
+from cluster.record import ClusterRecord, default_folder, read_living, read_token
 from cluster.secrets import SecretError, refuse_secrets
 from jobs.display import Display
 from jobs.errors import Exit, JobError
+from jobs.job_door import VerbJob, with_config
 
 _ENTRYPOINT = "python -m jobs."
 _WEB = ("http://", "https://")
-_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_JOB_SERVER, _CLUSTER = "RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"  # the variables
 HOW_TO_NAME = (
     "give --address http://head:8265, set RAY_API_SERVER_ADDRESS, or start a cluster on this "
     "machine with `dmd cluster up`"
@@ -28,6 +30,10 @@ HOW_TO_NAME = (
 # What Ray writes into a job's log before the verb says anything.
 _OF_RAY = ("Running entrypoint for job ", " -- Runtime env is setting up.")
 _SIGNAL = 128  # a shell's exit code of a command that a signal ended: this and the signal's number
+# Of the metadata of a job: options of its submission, and two names of one recipe.
+_PREFIX, _KEPT = "dmd-", ("working-dir", "runtime-env", "id")
+_CALLED, _PLACE = "recipe", "recipe-place"
+_OF_A_VERB = {"--config", "--recipe", "--set"}
 
 # ------------------------------------------------------------------------ the job server
 
@@ -54,22 +60,34 @@ def known_address(given: str | None) -> str | None:
     if given:
         return _checked(given)
     named = _of_environment()
-    local = None if named else read_record(default_folder())
+    local = None if named else read_living(default_folder())
     return local.url if local is not None else named
 
 
 def connect(address: str) -> JobServer:
     """The job server there. The local cluster's gets its own token, whatever the environment says:
     Ray has read that when it was imported, and an old RAY_AUTH_TOKEN comes first for it."""
-    local = read_record(default_folder())
-    if local is None or local.url != address.rstrip("/"):
-        return JobServer(address)
-    return JobServer(address, read_token(local))
+    local = _local_at(address)
+    return JobServer(address) if local is None else JobServer(address, read_token(local))
+
+
+def _local_at(address: str) -> ClusterRecord | None:
+    """The local cluster, if that is its address. A record that cannot be read is no reason to
+    refuse another one's."""
+    try:
+        local = read_living(default_folder())
+    except ClusterError:
+        return None
+    return local if local is not None and local.url == address.rstrip("/") else None
 
 
 def _of_environment() -> str | None:
-    values = (os.environ.get(name, "") for name in _ADDRESS_VARIABLES)
-    return next((value for value in values if value.startswith(_WEB)), None)
+    """Ray's variables. RAY_ADDRESS may name a cluster's own port, for drivers; then it is not
+    meant."""
+    server, cluster = (os.environ.get(name, "") for name in (_JOB_SERVER, _CLUSTER))
+    if server:
+        return _with_scheme(server, _JOB_SERVER)
+    return cluster if cluster.startswith(_WEB) else None
 
 
 def _checked(address: str) -> str:
@@ -78,10 +96,14 @@ def _checked(address: str) -> str:
         refuse_secrets(address, "--address")
     except SecretError as error:
         raise JobError(str(error), Exit.USAGE) from error
+    return _with_scheme(address, "--address")
+
+
+def _with_scheme(address: str, source: str) -> str:
     address = (address if "://" in address else f"http://{address}").rstrip("/")
     if not address.startswith(_WEB):
         raise JobError(
-            f"--address {address}: expected the job server's, as in http://head:8265", Exit.USAGE
+            f"{source} {address}: expected the job server's, as in http://head:8265", Exit.USAGE
         )
     return address
 
@@ -103,10 +125,28 @@ def is_ours(job: ClusterJob) -> bool:
     return job.entrypoint.startswith(_ENTRYPOINT)
 
 
+def kept_options(options: argparse.Namespace, job: VerbJob) -> dict[str, str]:
+    """Of a submission, for the job's metadata: its own options as they were typed, but for the
+    address, and where the recipe lay that has another name there. Anyone may read them."""
+    given = {name: getattr(options, name.replace("-", "_")) for name in _KEPT}
+    if given["working-dir"] == ".":
+        del given["working-dir"]
+    if job.file is not None and job.file != job.options.config:
+        given |= {_CALLED: job.options.config, _PLACE: job.file}
+    return {_PREFIX + name: value for name, value in given.items() if value}
+
+
 def command_of(job: ClusterJob) -> str:
-    """`dmd submit pairs --config my.yaml` of the job's entrypoint."""
+    """`dmd submit pairs --config my.yaml`: goes on with the job, from the folder of the first."""
     verb, *arguments = shlex.split(job.entrypoint.removeprefix(_ENTRYPOINT)) or [""]
-    return shlex.join(["dmd", "submit", verb.replace("_", "-"), *arguments])
+    kept = {name.removeprefix(_PREFIX): value for name, value in (job.metadata or {}).items()}
+    if _CALLED in kept and _PLACE in kept:
+        arguments = with_config(arguments, kept[_PLACE], kept[_CALLED])
+    own = [word for name in _KEPT if name in kept for word in (f"--{name}", kept[name])]
+    # What is not of every verb may be an option of `submit`, too.
+    options = [word.partition("=")[0] for word in arguments if word.startswith("-")]
+    apart = ["--"] if set(options) - _OF_A_VERB else []
+    return shlex.join(["dmd", "submit", verb.replace("_", "-"), *own, *apart, *arguments])
 
 
 def verb_of(job: ClusterJob) -> str:

@@ -60,7 +60,7 @@ def read_job(
     if not is_file or not sent:
         return VerbJob(verb, tuple(arguments), options, recipe, settings)
     file = _place(config, working_dir or ".")
-    moved = arguments if file == config else _with_config(arguments, config, file)
+    moved = arguments if file == config else with_config(arguments, config, file)
     return VerbJob(verb, tuple(moved), options, recipe, settings, file)
 
 
@@ -92,7 +92,7 @@ def _place(config: str, working_dir: str) -> str:
         ) from error
 
 
-def _with_config(arguments: list[str], config: str, place: str) -> list[str]:
+def with_config(arguments: list[str], config: str, place: str) -> list[str]:
     """The arguments with the recipe named by its `place`; the last of its options counts."""
     moved = list(arguments)
     for index in reversed(range(len(moved))):

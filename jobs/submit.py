@@ -125,7 +125,10 @@ def _refuse_other(job: ClusterJob, order: Order) -> None:
 
 
 def _same_code(job: ClusterJob, order: Order) -> bool:
-    return order.package is None or job.package == order.package.uri
+    """Was it sent with the working directory that would be sent now? A URI stands for what lies
+    there."""
+    now = order.working_dir if order.package is None else order.package.uri
+    return job.package == now
 
 
 def _send(server: JobServer, order: Order, identity: str, display: Display) -> bool:
@@ -154,7 +157,7 @@ def _submit(server: JobServer, order: Order, identity: str) -> Submitted:
         submission_id=identity,
         working_dir=order.working_dir,
         runtime_env=order.runtime_env,
-        metadata={_KEY: order.digest},
+        metadata={_KEY: order.digest, **order.given},
     )
 
 

@@ -19,6 +19,7 @@ from cluster.secrets import SecretError, refuse_secrets
 from cluster.submit import job_environment
 from jobs.config import Recipe, yaml_problem
 from jobs.errors import Exit, JobError
+from jobs.job_client import kept_options
 from jobs.job_door import VerbJob, read_job
 from pipelines.config import EvaluateSection, TeacherSection
 
@@ -34,7 +35,8 @@ _WORDS = {"", "emoji", "vae", "latents"}  # what a key may say in place of a pat
 
 @dataclass(frozen=True)
 class Order:
-    """Everything of a submission that is known before a cluster is asked."""
+    """Everything of a submission that is known before a cluster is asked. `given`: what the job
+    keeps of the command (jobs.job_client.command_of)."""
 
     job: VerbJob
     id: str
@@ -42,6 +44,7 @@ class Order:
     working_dir: str | None
     package: Package | None
     runtime_env: dict[str, Any]
+    given: dict[str, str]
 
     @property
     def words(self) -> list[str]:
@@ -65,7 +68,8 @@ def read_order(options: argparse.Namespace) -> Order:
         raise JobError(str(error), Exit.USAGE) from error
     digest = _digest(job, runtime_env)
     identity = options.id or f"{verb}-{digest[:_DIGEST]}"
-    return Order(job, identity, digest, folder, package, runtime_env)
+    given = kept_options(options, job)
+    return Order(job, identity, digest, folder, package, runtime_env, given)
 
 
 def read_sent(

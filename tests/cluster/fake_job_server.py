@@ -1,6 +1,7 @@
 """Ray's job API as far as it is used here, in this process, with faults on demand."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -8,7 +9,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from cluster.nodes import Place, Size
+from cluster.nodes import NodeRecord, Place, Size
+from cluster.processes import Birth
 from cluster.record import ClusterRecord, default_folder, write_record
 
 
@@ -151,12 +153,17 @@ def eventually(condition, seconds: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def remember(server: JobServer, folder: Path, secret: str | None) -> None:
-    """Let `server` be the job server of the local cluster, whose token lies in `folder`."""
+def remember(
+    server: JobServer, folder: Path, secret: str | None, *, head: Birth | None = None
+) -> None:
+    """Let `server` be the job server of the local cluster, whose token lies in `folder`. `head`:
+    its process; None: one that lives."""
     default_folder().mkdir(parents=True)
     if secret is not None:
         (folder / "token").write_text(secret)
     place = Place("/tmp/nowhere", 1, None if secret is None else str(folder / "token"))
-    record = ClusterRecord(place, server.address, "127.0.0.1", Size(nodes=1, cpus=1))
+    nodes = (NodeRecord("head", None, head or Birth.of(os.getpid())),)
+    size = Size(nodes=1, cpus=1)
+    record = ClusterRecord(place, server.address, "127.0.0.1", size, nodes, ready=True)
     write_record(default_folder(), record)
     server.token = secret

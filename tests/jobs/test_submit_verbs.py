@@ -1,9 +1,14 @@
 """`dmd submit`, `attach`, `jobs`, `logs`, `stop` against a job server with faults on demand."""
 
 import json
+import os
+import shlex
+from dataclasses import replace
 
 import pytest
 
+from cluster.processes import Birth
+from cluster.record import default_folder
 from cluster.submit import EXCLUDES
 from jobs import job_client
 from jobs.cli import main
@@ -165,6 +170,24 @@ def test_files_that_changed_since_a_success_are_new_work(fake, folder, capfd):
     fake.end(first)
     assert _submit(fake, "--no-wait") == 0
     assert list(fake.jobs) == [first, f"{first}-2"]
+
+
+def test_another_uri_than_that_of_a_success_is_new_work(fake, capfd):
+    words = [
+        "submit",
+        "pairs",
+        "--config",
+        "/etc/there.yaml",
+        "--address",
+        fake.address,
+        "--no-wait",
+    ]
+    for place in ("s3://bucket/code-v1.zip", "s3://bucket/code-v2.zip", "none"):
+        assert main([*words, "--working-dir", place]) == 0
+        fake.end(list(fake.jobs)[-1])
+    assert len(fake.jobs) == 3
+    assert main([*words, "--working-dir", "none"]) == 0
+    assert len(fake.jobs) == 3 and "--again" in capfd.readouterr().err
 
 
 def test_two_at_the_same_time_start_one_job(fake, script, capfd):
@@ -427,6 +450,14 @@ def test_the_address_comes_from_the_environment_when_it_is_one(fake, monkeypatch
     assert len(fake.jobs) == 1
 
 
+def test_the_variable_of_a_job_server_is_one_without_a_scheme_too(fake, monkeypatch, capfd):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", fake.address.removeprefix("http://"))
+    assert main(["jobs"]) == 0
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "ray://head:10001")
+    assert main(["jobs"]) == Exit.USAGE
+    assert "RAY_API_SERVER_ADDRESS ray://head:10001: expected" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("variable", ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"])
 def test_the_local_cluster_is_the_default_with_its_own_token(
     fake, tmp_path, monkeypatch, capfd, variable
@@ -450,6 +481,24 @@ def test_a_local_cluster_without_a_token_is_sent_none(fake, tmp_path):
     remember(fake, tmp_path, None)
     assert main(["jobs"]) == 0
     assert set(fake.given) == {""}  # with a header Ray looks for no token
+
+
+def test_a_local_cluster_that_is_gone_has_no_say_in_its_address(fake, tmp_path):
+    """As after its machine was started anew: another job server may be there."""
+    head = replace(Birth.of(os.getpid()), created=1.0, ticks="1")
+    remember(fake, tmp_path, "old", head=head)
+    fake.token = None
+    assert main(["jobs", "--address", fake.address]) == 0
+    assert "Bearer old" not in fake.given
+    assert main(["jobs"]) == Exit.USAGE
+
+
+def test_a_damaged_record_is_no_reason_to_refuse_another_address(fake, capfd):
+    default_folder().mkdir(parents=True)
+    (default_folder() / "cluster.json").write_text("{")
+    assert main(["jobs", "--address", fake.address]) == 0
+    assert main(["jobs"]) == Exit.REFUSED
+    assert "cluster.json is not the record" in capfd.readouterr().err
 
 
 def test_an_address_is_one_of_a_job_server(fake, tmp_path):
@@ -552,3 +601,31 @@ def test_stop_waits_until_the_job_has_ended_and_says_how_to_go_on(fake, script, 
     assert _other(fake, "stop", identity) == 0
     assert "ended before" in capfd.readouterr().err
     assert _other(fake, "stop", "unknown") == Exit.REFUSED
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config", "project/my.yaml", "--working-dir", "project"],
+        ["--working-dir", "none", "--recipe=/etc/there.yaml", "--set", "pairs.steps=7"],
+        ["--id", "mine", "--runtime-env", "env.yaml", "--", "--json", "--config", "tiny"],
+    ],
+)
+def test_the_command_to_go_on_with_is_the_one_that_was_given(
+    fake, folder, monkeypatch, capfd, words
+):
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", fake.address)
+    (folder.parent / "env.yaml").write_text("env_vars: {OMP_NUM_THREADS: '4'}\n")
+    assert main(["submit", "pairs", "--no-wait", *words]) == 0
+    first = _only(fake)
+    capfd.readouterr()
+    assert main(["stop", first]) == 0
+    command = capfd.readouterr().err.partition("to go on: ")[2]
+    dmd, submit, verb, *again = shlex.split(command)
+    assert (dmd, submit, verb) == ("dmd", "submit", "pairs")
+    assert main(["submit", "pairs", "--no-wait", *again]) == 0
+    assert list(fake.jobs) == [first, f"{first}-2"]
+    before, after = fake.jobs.values()
+    for key in ("entrypoint", "runtime_env", "metadata"):
+        assert before[key] == after[key]
