@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from cluster.nodes import ClusterError
 from cluster.schedule import Entry, ScheduleError, check_entry, slots_after
 from cluster.submit import SecretError, SubmitError, job_environment, refuse_secrets
-from dmd_core.files import store_errors
+from dmd_core.files import is_local, store_errors
 from jobs.errors import Exit, JobError
 from jobs.job_client import known_address
 from jobs.job_door import VerbJob, relative_folders
@@ -81,7 +82,7 @@ def _add(session: "Session", table: ScheduleTable, arguments: argparse.Namespace
     session.display.done(f"schedule {entry.name}: {show_job(entry)}")
     session.display.say(f"  next due {show_next(entry, now)}; submitted by `dmd schedule run`, or")
     session.display.say("  by `dmd schedule tick` from cron, systemd or Kubernetes")
-    for hint in _hints(entry, job):
+    for hint in _hints(entry, job, table):
         session.display.say(f"  {hint}")
     return {"name": entry.name, "next": show_next(entry, now)}
 
@@ -122,9 +123,11 @@ def _history(session: "Session", table: ScheduleTable, arguments: argparse.Names
 
 
 def _tick(session: "Session", table: ScheduleTable, arguments: argparse.Namespace) -> dict:
-    events, problems = tick(table, RayJobs(known_address(arguments.address)), _now())
+    client, broken = _client(arguments)
+    events, problems = tick(table, client, _now())
     for event in events:
         session.display.say(show_event(event))
+    problems = [*broken, *problems]
     wrong = [problem.text for problem in problems]
     left = [event for event in events if event.outcome in ("waiting", "failed")]
     if left:
@@ -143,9 +146,9 @@ def _stay(session: "Session", table: ScheduleTable, arguments: argparse.Namespac
     while True:
         now = _now()
         try:
-            client = RayJobs(known_address(arguments.address))  # a local cluster may come and go
+            client, broken = _client(arguments)  # a local cluster may come and go
             events, problems = tick(table, client, now)
-            wait = pause(table, now)
+            problems, wait = [*broken, *problems], pause(table, now)
         except (StoreError, *store_errors()) as error:
             events, problems, wait = [], [Problem(f"{table.store.url}: {error}")], POLL_S
         lines = {event.name: show_event(event) for event in events}
@@ -159,6 +162,15 @@ def _stay(session: "Session", table: ScheduleTable, arguments: argparse.Namespac
         if not problems:
             said.pop("", None)
         _sleep(wait)
+
+
+def _client(arguments: argparse.Namespace) -> tuple[RayJobs, list[Problem]]:
+    """The job servers, and why that of this machine is not known: entries that name another one do
+    without it."""
+    try:
+        return RayJobs(known_address(arguments.address)), []
+    except ClusterError as error:
+        return RayJobs(None), [Problem(str(error))]
 
 
 _ACTIONS = {
@@ -195,7 +207,7 @@ def _new_entry(
     if folder is not None and "://" not in folder:
         folder = os.path.abspath(folder)
     try:
-        refuse_secrets({"job": list(rest), "address": arguments.address})
+        refuse_secrets({"job": list(rest)})
         environment = job_environment(folder, None)
         job, _ = read_sent(verb, rest, environment, done="scheduled")
         entry = Entry(
@@ -206,7 +218,7 @@ def _new_entry(
             verb=verb,
             arguments=job.arguments,
             created=now,
-            address=arguments.address,
+            address=known_address(arguments.address) if arguments.address else None,
             working_dir=folder,
             max_late_s=None if arguments.max_late is None else _seconds(arguments.max_late),
         )
@@ -237,11 +249,16 @@ def _key(table: ScheduleTable, name: str) -> str | None:
     return slots[0].slot.isoformat() if slots else None
 
 
-def _hints(entry: Entry, job: VerbJob) -> Iterator[str]:
-    """What works here and would not on a cluster."""
+def _hints(entry: Entry, job: VerbJob, table: ScheduleTable) -> Iterator[str]:
+    """What works here and would not on a cluster, or from another machine."""
     recipe = job.options.config
     if entry.working_dir is None and recipe and recipe.endswith((".yaml", ".yml")):
         yield f"{recipe} must be found there on the cluster; --working-dir . sends this folder"
+    if entry.working_dir and "://" not in entry.working_dir and not is_local(table.store.fs):
+        yield (
+            f"{entry.working_dir} is a folder of this machine: a scheduler on another one leaves "
+            "this job alone, unless it has such a folder too"
+        )
     if job.recipe is not None:
         yield from relative_folders(job.recipe)
 

@@ -11,7 +11,8 @@ from cluster.schedule import Entry, Job, ScheduleError, next_slot
 from cluster.scheduler import Event, tick_entry
 from cluster.submit import JobServer, SubmitError, job_status, submit_job
 from dmd_core.files import store_errors
-from jobs.job_client import HOW_TO_NAME, connect
+from jobs.errors import JobError
+from jobs.job_client import HOW_TO_NAME, connect, find_address
 from jobs.schedule_table import ScheduleTable
 from pipelines.commits import StoreError
 from pipelines.storage import no_answer
@@ -44,8 +45,8 @@ class RayJobs:
         if address is None:
             raise SubmitError(NO_ADDRESS, transient=True)
         try:
-            return connect(address)
-        except ClusterError as error:  # of this machine: it is being started or ended
+            return connect(find_address(address))  # an earlier release took one without a scheme
+        except (ClusterError, JobError) as error:  # of this machine: it is being started or ended
             raise SubmitError(str(error), transient=True) from error
 
 
@@ -65,8 +66,9 @@ def tick(table: ScheduleTable, client: Any, now: datetime) -> tuple[list[Event],
         if isinstance(entry, ScheduleError):
             problems.append(Problem(str(entry)))
             continue
-        if entry.address is None and getattr(client, "address", "") is None:
-            problems.append(Problem(f"schedule {entry.name}: {NO_ADDRESS}"))  # and claim nothing
+        lack = _lack(entry, client)
+        if lack:  # another scheduler may do better, so nothing is claimed
+            problems.append(Problem(f"schedule {entry.name}: {lack}"))
             continue
         try:
             event = tick_entry(entry, table, client, now=now, by=by)
@@ -78,6 +80,21 @@ def tick(table: ScheduleTable, client: Any, now: datetime) -> tuple[list[Event],
         if event is not None:
             events.append(event)
     return events, problems
+
+
+def _lack(entry: Entry, client: Any) -> str:
+    """Why this scheduler cannot submit the entry at all; "": it can."""
+    if entry.address is None and getattr(client, "address", "") is None:
+        return NO_ADDRESS
+    if entry.address is not None:
+        try:
+            find_address(entry.address)
+        except JobError as error:
+            return str(error)
+    folder = entry.working_dir
+    if folder is not None and "://" not in folder and not os.path.isdir(folder):
+        return f"its working directory {folder} is not on this machine"
+    return ""
 
 
 def pause(table: ScheduleTable, now: datetime) -> float:

@@ -8,9 +8,11 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from ray.exceptions import RayError
 
 import jobs.schedule
 import jobs.schedule_table
+from cluster.record import default_folder
 from cluster.schedule import Entry, Job, Result, ScheduleError
 from cluster.submit import SubmitError, TokenError
 from jobs.cli import main
@@ -184,6 +186,47 @@ def test_an_entry_removed_while_a_tick_reads_it_is_not_submitted(table):
     assert tick(table, jobs, hour(2)) == ([], [])
 
 
+@pytest.fixture
+def folder_table(tmp_path) -> ScheduleTable:
+    return ScheduleTable(open_store(str(tmp_path / "schedule")))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"address": "ray://head:10001"}, "ray://head:10001"),
+        ({"working_dir": "/not/here"}, "/not/here"),
+    ],
+)
+def test_what_one_scheduler_lacks_costs_no_slot_and_holds_up_no_other(folder_table, wrong, named):
+    folder_table.add(made_entry(name="a", **wrong))
+    folder_table.add(made_entry(name="b"))
+    jobs = Jobs()
+    events, problems = tick(folder_table, jobs, hour(1))
+    assert [event.name for event in events] == ["b"] and folder_table.slots("a") == []
+    assert len(problems) == 1 and named in problems[0].text and not problems[0].transient
+
+
+def test_a_cluster_that_ray_itself_cannot_reach_holds_up_no_other(folder_table, monkeypatch):
+    from ray.job_submission import JobSubmissionClient
+
+    connect = JobSubmissionClient.__init__
+
+    def init(self, address, **options) -> None:
+        if "broken" in address:
+            raise RayError("no GCS there")
+        connect(self, address, **options)
+
+    monkeypatch.setattr(JobSubmissionClient, "__init__", init)
+    with job_server() as fake:
+        folder_table.add(made_entry(name="a", address="http://broken:8265"))
+        # As an earlier release stored it.
+        folder_table.add(made_entry(name="b", address=fake.address.removeprefix("http://")))
+        events, problems = tick(folder_table, RayJobs(None), hour(1))
+        assert [event.outcome for event in events] == ["waiting", "submitted"], events
+        assert "no GCS there" in events[0].detail and not problems and len(fake.jobs) == 1
+
+
 def test_a_damaged_entry_is_named_and_holds_up_no_other(table):
     table.add(made_entry(name="good"))
     path = table.store.path("entries", "bad.000001.json")
@@ -265,6 +308,8 @@ def test_the_word_add_may_be_left_out_and_options_stand_anywhere(world):
         (["0 3 * * *", "--", "pairs", "--confg", "x"], "--confg"),
         (["0 3 * * *", "--", "pairs", "--set", "a.secret=x"], "credential"),
         (["0 3 * * *", "--working-dir", "nowhere", "--", "pairs"], "nowhere"),
+        (["0 3 * * *", "--address", "ray://head:10001", "--", "pairs"], "ray://head:10001"),
+        (["0 3 * * *", "--address", "http://me:word@head:8265", "--", "pairs"], "credential"),
         (["0 3 * * *", "--max-late", "soon", "--", "pairs"], "soon"),
         (["0 3 * * *", "--name", "Über", "--", "pairs"], "Über"),
     ],
@@ -330,6 +375,23 @@ def test_what_works_only_on_this_machine_is_pointed_out(world):
     assert "run.dir is" not in said
 
 
+def test_a_folder_of_this_machine_in_a_table_of_many_is_pointed_out(
+    world, s3_store, s3_options, tmp_path, capfd
+):
+    (tmp_path / "mine").mkdir()
+    remote = ["--store", s3_store.url, "--set", f"storage.endpoint_url={s3_options.endpoint_url}"]
+    job = ["0 3 * * *", "--working-dir", "mine", "--", "pairs", "--config", "tiny"]
+    assert main(["schedule", "add", *remote, *job]) == Exit.OK
+    assert f"{tmp_path}/mine is a folder of this machine" in capfd.readouterr().err
+    assert "of this machine" not in world.dmd("add", *job)[2]
+
+
+def test_an_address_is_kept_as_that_of_a_job_server(world):
+    world.dmd("add", "0 3 * * *", "--address", "head:8265", "--", "pairs")
+    (listed,) = json.loads(world.dmd("list", "--json")[1])["schedules"]
+    assert listed["address"] == "http://head:8265"
+
+
 def test_a_plan_changes_nothing(world):
     code, out, _ = world.dmd("add", "0 3 * * *", "--dry-run", "--", "pairs")
     assert code == Exit.OK and "2026-03-01 03:00 UTC" in out and "2026-03-03 03:00 UTC" in out
@@ -383,6 +445,20 @@ def test_the_local_cluster_is_found_with_its_token(world, tmp_path, monkeypatch)
         fake.end(next(iter(fake.jobs)))
         world.now = hour(2)
         assert world.dmd("tick")[0] == Exit.OK and len(fake.jobs) == 2
+
+
+def test_a_damaged_record_of_the_local_cluster_ends_no_scheduler(world, monkeypatch):
+    def sleep(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs.schedule, "_sleep", sleep)
+    default_folder().mkdir(parents=True)
+    (default_folder() / "cluster.json").write_text("{")
+    world.dmd("add", "0 * * * *", "--", "pairs")
+    world.now = hour(1)
+    code, _, said = world.dmd("run")
+    assert code == Exit.TRANSIENT and "cluster.json is not the record" in said
+    assert len(world.jobs.submitted) == 1  # to another cluster
 
 
 def test_any_slot_that_failed_for_good_decides_the_exit_code(world, monkeypatch):
