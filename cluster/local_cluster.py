@@ -259,9 +259,10 @@ def _works(record: ClusterRecord) -> bool:
 def _check_same(
     record: ClusterRecord, size: Size, port: int | None, host: str | None, auth: bool | None
 ) -> None:
-    has = (record.size.in_words, record.port, record.dashboard_host, record.place.token is not None)
-    asked = (size.in_words, port, host, auth)
-    names = ("size", "port", "address to listen at", "token")
+    now, token = record.size, record.place.token is not None
+    has = (now.in_words, now.object_store_mb, record.port, record.dashboard_host, token)
+    asked = (size.in_words, size.object_store_mb, port, host, auth)
+    names = ("size", "MiB of a node's object store", "port", "address to listen at", "token")
     others = [
         f"{name}: {old!r}, asked for {new!r}"
         for name, old, new in zip(names, has, asked, strict=True)

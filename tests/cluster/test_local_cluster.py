@@ -214,6 +214,8 @@ def test_up_twice_starts_nothing_and_other_settings_are_refused(folder, started)
             cluster.up(Size(nodes=2), **asked)
     with pytest.raises(ClusterError, match="3 workers"):
         cluster.up(Size(nodes=4))
+    with pytest.raises(ClusterError, match="object store: 256, asked for 512"):
+        cluster.up(Size(nodes=2, object_store_mb=512))
     assert find(head) is not None
 
 
