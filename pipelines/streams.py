@@ -8,31 +8,31 @@ import hashlib
 import io
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dmd_core.noise import stable_seed, uniform_words
 from pipelines import emoji
 from pipelines.batches import part_of_batch
+from pipelines.bounded import map_bounded
 from pipelines.config import StorageSection
+from pipelines.picture_tables import PictureError, PictureRef, PictureTables, refs_of_table
 from pipelines.storage import Store, open_store
+
+__all__ = [
+    "PictureError", "PictureRef", "PictureStream", "PromptStream", "list_pictures",
+    "open_pictures", "pictures_at_once", "pictures_digest",
+]  # fmt: skip
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _METADATA = "metadata.jsonl"  # the captions of an image folder, as the `datasets` library has them
-_PICTURE_COLUMNS, _CAPTION_COLUMNS = ("image", "picture", "png"), ("prompt", "text", "caption")
 _CACHED_BYTES = 512 << 20
-
-
-class PictureError(ValueError):
-    """Real pictures that cannot be used; names the file."""
+_MOST_AT_ONCE, _PIXELS_AT_ONCE = 8, 1 << 20
 
 
 class SeededOrder:
@@ -42,10 +42,9 @@ class SeededOrder:
         self._size, self._seed = size, seed
         self._epoch = lru_cache(maxsize=2)(self._permutation)
 
-    def rows(self, position: int, global_batch: int, rank: int, world_size: int) -> list[int]:
-        """The rows of this worker's part of the global batch that starts at `position`."""
-        part = part_of_batch(global_batch, rank, world_size)
-        places = range(position + part.start, position + part.stop)
+    def rows_from(self, position: int, count: int) -> list[int]:
+        """`count` rows of the stream, from `position` on."""
+        places = range(position, position + count)
         return [int(self._epoch(p // self._size)[p % self._size]) for p in places]
 
     def _permutation(self, epoch: int) -> np.ndarray:
@@ -62,17 +61,9 @@ class PromptStream:
     def batch_from(
         self, position: int, global_batch: int, rank: int = 0, world_size: int = 1
     ) -> tuple[str, ...]:
-        rows = self._order.rows(position, global_batch, rank, world_size)
+        part = part_of_batch(global_batch, rank, world_size)
+        rows = self._order.rows_from(position + part.start, len(part))
         return tuple(self._prompts[row] for row in rows)
-
-
-@dataclass(frozen=True)
-class PictureRef:
-    """One real picture: its file inside the store, its row there (Parquet), and its caption."""
-
-    key: str
-    row: int
-    prompt: str
 
 
 def open_pictures(source: str, storage: StorageSection) -> tuple[Store, tuple[PictureRef, ...]]:
@@ -96,7 +87,7 @@ def list_pictures(store: Store) -> tuple[PictureRef, ...]:
     tables = [key for key in keys if key.endswith(".parquet")]
     images = [key for key in keys if key.lower().endswith(_SUFFIXES)]
     if tables:
-        found = [ref for key in tables for ref in _refs_of_table(store, key)]
+        found = [ref for key in tables for ref in refs_of_table(store, key)]
     else:
         captions = _captions(store, keys, images)
         found = [PictureRef(key, 0, captions.get(key, "")) for key in images]
@@ -116,7 +107,11 @@ def pictures_digest(refs: Sequence[PictureRef]) -> str:
 
 class PictureStream:
     """Real pictures as latents with their prompts, in seeded order; encoded once, then kept (up to
-    512 MB). `encode`: (B,H,W,3) uint8 → (B,C,h,w); `size` (H, W) of the teacher's pictures."""
+    512 MB). `encode`: (B,H,W,3) uint8 → (B,C,h,w); `size` (H, W) of the teacher's pictures.
+
+    Always `at_once` pictures are encoded together: in batches of different sizes the last bits of
+    a row would depend on what was encoded before, and a resumed run would differ.
+    """
 
     def __init__(
         self,
@@ -125,34 +120,47 @@ class PictureStream:
         encode: Callable[[np.ndarray], torch.Tensor],
         size: tuple[int, int],
         seed: int,
+        *,
+        at_once: int = 1,
     ) -> None:
         self._store, self._refs, self._encode, self._size = store, tuple(refs), encode, size
-        self._order = SeededOrder(len(refs), seed)
+        self._at_once = at_once
+        in_tables = bool(refs) and refs[0].key.endswith(".parquet")
+        self._tables = PictureTables(store, refs, seed) if in_tables else None
+        self._order = self._tables or SeededOrder(len(refs), seed)
         self._kept: OrderedDict[int, torch.Tensor] = OrderedDict()
 
     def batch_from(
         self, position: int, global_batch: int, rank: int = 0, world_size: int = 1
     ) -> tuple[torch.Tensor, tuple[str, ...]]:
         """Latents (B,C,h,w) float32 on the CPU and B prompts."""
-        rows = self._order.rows(position, global_batch, rank, world_size)
-        latents = [self._latents(row) for row in rows]
+        part = part_of_batch(global_batch, rank, world_size)
+        rows = self._order.rows_from(position + part.start, len(part))
+        self._keep([row for row in dict.fromkeys(rows) if row not in self._kept])
+        latents = [self._kept[row] for row in rows]
         while len(self._kept) * latents[0].numel() * latents[0].itemsize > _CACHED_BYTES:
             self._kept.popitem(last=False)
         return torch.stack(latents), tuple(self._refs[row].prompt for row in rows)
 
-    def _latents(self, row: int) -> torch.Tensor:
-        """Encoded alone: in a batch, the last bits would depend on what else is in it, and so on
-        what was encoded before; a resumed run would differ."""
-        if row not in self._kept:
-            picture = self._picture(self._refs[row])
-            self._kept[row] = self._encode(picture[None])[0].cpu()
-        return self._kept[row]
+    def _keep(self, rows: Sequence[int]) -> None:
+        """Encode them; the next ones are fetched and decoded meanwhile."""
+        pictures = map_bounded(lambda found: self._picture(*found), self._found(rows))
+        for start in range(0, len(rows), self._at_once):
+            part = rows[start : start + self._at_once]
+            batch = [next(pictures) for _ in part]
+            batch += batch[:1] * (self._at_once - len(part))
+            latents = self._encode(np.stack(batch)).cpu()
+            self._kept.update((row, latents[i].clone()) for i, row in enumerate(part))
 
-    def _picture(self, ref: PictureRef) -> np.ndarray:
+    def _found(self, rows: Sequence[int]) -> Iterator[tuple[PictureRef, bytes | None]]:
+        """Each picture, and its bytes where it lies in a table; a file is fetched in a thread."""
+        cells = self._tables.cells(rows) if self._tables else (None for _ in rows)
+        return zip((self._refs[row] for row in rows), cells, strict=True)
+
+    def _picture(self, ref: PictureRef, cell: bytes | None) -> np.ndarray:
         """(H,W,3) uint8, on white, cut and resized to the teacher's size."""
         path = self._store.path(ref.key)
-        in_table = ref.key.endswith(".parquet")
-        raw: Any = _cell(self._store, ref) if in_table else self._store.fs.cat_file(path)
+        raw: Any = self._store.fs.cat_file(path) if cell is None else cell
         try:
             with Image.open(io.BytesIO(raw)) as file:
                 rgba = file.convert("RGBA")
@@ -161,6 +169,14 @@ class PictureStream:
         picture = Image.new("RGBA", rgba.size, "white")
         picture.alpha_composite(rgba)
         return np.asarray(_fitted(picture.convert("RGB"), self._size))
+
+
+def pictures_at_once(size: tuple[int, int], device: torch.device) -> int:
+    """How many pictures of `size` (H, W) are encoded together: on a GPU as many as a VAE is given
+    in one call; on a CPU one, for more are no faster there."""
+    if device.type == "cpu":
+        return 1
+    return max(1, min(_MOST_AT_ONCE, _PIXELS_AT_ONCE // (size[0] * size[1])))
 
 
 def _fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -187,39 +203,3 @@ def _captions(store: Store, keys: Sequence[str], images: Sequence[str]) -> dict[
     if missing:
         raise PictureError(f"{path} names {missing[0]}, which is not a picture in {store.url}")
     return captions
-
-
-def _refs_of_table(store: Store, key: str) -> list[PictureRef]:
-    path = store.path(key)
-    try:
-        with store.fs.open(path, "rb") as stream:
-            file = pq.ParquetFile(stream)
-            _column(file.schema_arrow, _PICTURE_COLUMNS, path)
-            name = _column(file.schema_arrow, _CAPTION_COLUMNS, path)
-            prompts = file.read(columns=[name])[name].to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise PictureError(f"{path} cannot be read: {error}") from error
-    return [PictureRef(key, row, prompt or "") for row, prompt in enumerate(prompts)]
-
-
-def _column(schema: pa.Schema, names: Sequence[str], path: str) -> str:
-    for name in names:
-        if name in schema.names:
-            return name
-    raise PictureError(f"{path} has columns {schema.names}; expected one of {', '.join(names)}")
-
-
-def _cell(store: Store, ref: PictureRef) -> bytes:
-    """One picture's bytes: a binary cell, or the `bytes` of the `datasets` library's struct."""
-    path = store.path(ref.key)
-    with store.fs.open(path, "rb") as stream:
-        file = pq.ParquetFile(stream)
-        name = _column(file.schema_arrow, _PICTURE_COLUMNS, path)
-        start = 0
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if ref.row < start + rows:
-                cell = file.read_row_group(group, columns=[name])[name][ref.row - start].as_py()
-                return cell["bytes"] if isinstance(cell, dict) else cell
-            start += rows
-    raise PictureError(f"{path} has no row {ref.row}")
