@@ -10,8 +10,8 @@ All coefficients are kept in float64: at t = 999 Stable Diffusion's α_t is 0.06
 divides by it.
 """
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -20,6 +20,14 @@ from dmd_core import diffusers_schedules as reading
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction", "edm", "edm_v"]
 # How the fake score's error is weighted over t; each is the mean squared error of …
 ScoreWeight = Literal["teacher", "epsilon", "v", "x0", "edm"]
+
+
+class _Tables(NamedTuple):
+    """What a schedule looks up, on one device."""
+
+    alphas: torch.Tensor
+    sigmas: torch.Tensor
+    network_times: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,9 @@ class Schedule:
     network_times: torch.Tensor | None = None
     init_noise_sigma: float = 1.0
     sigma_data: float = 0.5
+    _tables: dict[torch.device, _Tables] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     # ------------------------------------------------------------------ families
 
@@ -104,19 +115,25 @@ class Schedule:
     def num_timesteps(self) -> int:
         return len(self.alphas)
 
+    def _on(self, device: torch.device) -> _Tables:
+        """Where the times are: there, looking one up waits for no copy from or to the device."""
+        if device not in self._tables:
+            tables = (self.alphas, self.sigmas, self.network_times)
+            self._tables[device] = _Tables(*(x if x is None else x.to(device) for x in tables))
+        return self._tables[device]
+
     def coefficients(
         self, t: torch.Tensor, like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(α_t, σ_t), each (B,1,…,1) to broadcast against `like` (B,…), float64."""
-        view = (-1,) + (1,) * (like.ndim - 1)
-        index = t.to(self.alphas.device)
-        alpha_t, sigma_t = self.alphas[index].view(view), self.sigmas[index].view(view)
+        view, tables = (-1,) + (1,) * (like.ndim - 1), self._on(t.device)
+        alpha_t, sigma_t = tables.alphas[t].view(view), tables.sigmas[t].view(view)
         return alpha_t.to(like.device), sigma_t.to(like.device)
 
     def snr(self, t: torch.Tensor) -> torch.Tensor:
         """Signal-to-noise ratio α_t²/σ_t²: (B,) float64."""
-        index = t.to(self.alphas.device)
-        return (self.alphas[index] / self.sigmas[index]).square().to(t.device)
+        tables = self._on(t.device)
+        return (tables.alphas[t] / tables.sigmas[t]).square()
 
     def log_snr(self, t: torch.Tensor) -> torch.Tensor:
         """λ_t = 2 log(α_t/σ_t): (B,) float64; −∞ where α_t = 0."""
@@ -151,7 +168,7 @@ class Schedule:
         if kind == "edm":
             return self.snr(t) + self.sigma_data**-2
         if kind == "v":
-            return self.sigmas[t.to(self.sigmas.device)].square().reciprocal().to(t.device)
+            return self._on(t.device).sigmas[t].square().reciprocal()
         if kind == "x0":
             return torch.ones(len(t), dtype=torch.float64, device=t.device)
         raise ValueError(
@@ -167,9 +184,8 @@ class Schedule:
 
     def network_time(self, t: torch.Tensor) -> torch.Tensor:
         """What the network is told at index t: the index, c_noise, or 1000 σ. (B,)."""
-        if self.network_times is None:
-            return t
-        return self.network_times[t.to(self.network_times.device)].to(t.device)
+        times = self._on(t.device).network_times
+        return t if times is None else times[t]
 
     def network_input(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t as the network takes it: c_in · x_t for EDM (1/√(σ² + σ_data²)), else x_t."""

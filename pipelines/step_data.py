@@ -133,7 +133,7 @@ class StepSource:
         latents, prompts = self._pictures.batch_from(position, size, self._rank, self._world)
         ids = self._samples(position, size)
         return Pictures(
-            x=latents.to(self._teacher.device),
+            x=self._placed(latents),
             cond=self._teacher.encode_prompts(prompts),
             eps=self._eps("eps_real", ids),
             u=self._u("u_real", ids),
@@ -150,8 +150,8 @@ class StepSource:
         size = keys.regression_batch_size
         batch = pairs.batch_from(at.pairs, size, self._rank, self._world)
         part = PairedPart(
-            eps=batch.noise.float().to(self._teacher.device),
-            y=batch.latents.float().to(self._teacher.device),
+            eps=self._placed(batch.noise.float()),
+            y=self._placed(batch.latents.float()),
             cond=self._teacher.encode_prompts(batch.prompts),
         )
         return part, self._samples(at.pairs, size)
@@ -167,11 +167,18 @@ class StepSource:
         return [stable_seed(self._seed, purpose, sample) for sample in samples]
 
     def _eps(self, purpose: str, samples: list[int]) -> torch.Tensor:
-        noise = sample_noise(self._seeds(purpose, samples), self._shape)
-        return noise.to(self._teacher.device)
+        return self._placed(sample_noise(self._seeds(purpose, samples), self._shape))
 
     def _u(self, purpose: str, samples: list[int]) -> torch.Tensor:
-        return sample_uniform(self._seeds(purpose, samples)).to(self._teacher.device)
+        return self._placed(sample_uniform(self._seeds(purpose, samples)))
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On the teacher's device. From pinned memory the copy waits for nothing: from other memory
+        it would wait for all that the GPU has been given to do."""
+        device = self._teacher.device
+        if device.type != "cuda":
+            return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)
 
     def _both(
         self, draw, purpose: str, samples: list[int], pair_samples: list[int], update: int

@@ -197,3 +197,26 @@ def test_epsilon_with_zero_terminal_snr_is_refused(cls):
 def test_a_scheduler_that_would_be_read_wrongly_is_refused(scheduler, message):
     with pytest.raises(ValueError, match=message):
         Schedule.from_scheduler(scheduler)
+
+
+# ---------------------------------------------------------------------- devices
+
+
+def test_nothing_is_looked_up_on_another_device_than_that_of_the_times(schedule):
+    """Tensors of the meta device cannot be copied: who tried it would get an error, as a GPU would
+    be waited for."""
+    t, x_t = torch.tensor([0, 500, 999], device="meta"), torch.empty(3, 3, 4, 4, device="meta")
+    found = [
+        *schedule.coefficients(t, x_t), schedule.snr(t), schedule.log_snr(t),
+        *(schedule.score_weight(t, kind) for kind in ("teacher", "epsilon", "v", "x0", "edm")),
+        schedule.diffuse(x_t, x_t, t), schedule.network_time(t), schedule.network_input(x_t, t),
+        schedule.x0_from_output(x_t, x_t, t), schedule.output_from_x0(x_t, x_t, t),
+    ]  # fmt: skip
+    assert {tensor.device.type for tensor in found} == {"meta"}
+
+
+def test_a_table_is_copied_to_a_device_once(schedule):
+    t, x_t = torch.tensor([7], device="meta"), torch.empty(1, 3, 4, 4, device="meta")
+    schedule.coefficients(t, x_t)
+    assert schedule._on(t.device) is schedule._on(x_t.device)
+    assert schedule._on(torch.device("cpu")).alphas is schedule.alphas
