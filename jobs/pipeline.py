@@ -163,7 +163,7 @@ def _check_inputs(chain: Chain, step: Step) -> None:
 def _redo(chain: Chain, first: str) -> None:
     """Forget the step `first` and the later ones, once: a redo that was killed goes on."""
     session = chain.session
-    if (session.read_json(_REDO) or {}).get("from") == first:
+    if (session.read_json(_REDO) or {}).get("from") == first and _is_due(chain):
         session.display.say(f"pipeline: going on with --from {first}")
         return
     for step in map(_step, _from(first)):
@@ -174,6 +174,12 @@ def _redo(chain: Chain, first: str) -> None:
         if not step.output(chain) and step is STEPS[0]:
             break  # without pairs there is no training yet
     session.write_json(_REDO, {"from": first})
+
+
+def _is_due(chain: Chain) -> bool:
+    """Is there anything to do? In order, for what goes into a step is known when the earlier ones
+    are done. Steps alone (--only) finish a redo, too, and leave its mark."""
+    return any(step.verdict(chain).due for step in STEPS)
 
 
 # ------------------------------------------------------------------------ the whole
