@@ -1,13 +1,14 @@
 """What one pass through a network keeps in memory, found without memory: the true network runs on
-tensors that have shapes and no values, and what is alive at once is added up.
+tensors that have shapes and no values, and what is alive at once is added up. Likewise how large
+its condition is, and a discriminator's head on it.
 
 Convolutions' own work space and what an allocator wastes are not seen; the memory plan adds them.
 """
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -17,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dmd_core.condition import Condition
-from dmd_core.diffusers_networks import DiffusersNetwork
+from dmd_core.diffusers_networks import DiffusersNetwork, middle_of
+from dmd_core.fake_score import DiscriminatorHead
 
 _MANY = 8  # samples of the second of two passes, between which the numbers are linear
 # Tokens of a prompt that a pipeline gives a network of the class.
@@ -70,10 +72,7 @@ def pass_memory(
     Raises `UnknownNetworkError` for one that this version does not drive, or that does not run on
     tensors without values.
     """
-    cls = getattr(diffusers, class_name, None)
-    if cls is None or class_name not in _DRIVEN:
-        raise UnknownNetworkError(f"{class_name} is not a network this version drives")
-    tokens = _TEXT_TOKENS.get(class_name, text_tokens)
+    cls, tokens = _class_of(class_name), _TEXT_TOKENS.get(class_name, text_tokens)
     try:
         return _played(cls, config, shape, tokens, bf16=bf16, checkpointing=checkpointing)
     except _UNPLAYABLE as error:
@@ -81,6 +80,38 @@ def pass_memory(
         raise UnknownNetworkError(
             f"{class_name} does not run on tensors without values: {reason}"
         ) from error
+
+
+def without_memory(class_name: str, config: Mapping[str, Any]) -> nn.Module:
+    """A diffusers network of this class and configuration, on the meta device. Raises
+    `UnknownNetworkError`."""
+    with torch.device("meta"):
+        return _class_of(class_name).from_config(dict(config))
+
+
+def head_parameters(network: nn.Module, shape: tuple[int, ...]) -> int:
+    """Of the discriminator's head on its middle for samples of `shape` (C,h,w), as `DmdNetworks`
+    makes it. Raises ValueError for a network without a middle."""
+    middle = middle_of(network, min(shape[1:]))
+    with torch.device("meta"):
+        head = DiscriminatorHead(middle.channels, middle.size)
+    return sum(parameter.numel() for parameter in head.parameters())
+
+
+def condition_bytes(network: nn.Module, *, text_tokens: int = 77) -> int:
+    """Of one row of what a diffusers network is told beside x_t and t."""
+    name, model = type(network).__name__, cast(Any, network)
+    with torch.device("meta"):
+        condition = _condition(name, model.config, _TEXT_TOKENS.get(name, text_tokens))
+    found = (getattr(condition, field.name) for field in fields(condition))
+    return sum(tensor.nbytes for tensor in found if tensor is not None)
+
+
+def _class_of(name: str) -> Any:
+    cls = getattr(diffusers, name, None)
+    if cls is None or name not in _DRIVEN:
+        raise UnknownNetworkError(f"{name} is not a network this version drives")
+    return cls
 
 
 def _played(

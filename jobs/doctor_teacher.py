@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ from pipelines.memory_plan import (
     GIB,
     GPUS,
     MemoryPlan,
-    NetworkSizes,
     Passes,
     checkpoint_bytes,
     fitting_change,
     sampling_memory,
     training_memory,
 )
+from pipelines.network_sizes import NetworkSizes
 from pipelines.prompt_files import PromptError, PromptFile, list_files, read_rows
 from pipelines.train_config import TrainSection
 from pipelines.weights import Weights, denoiser_of, pipeline_weights
@@ -79,9 +79,7 @@ class TeacherChecks:
     def checkpoint_space(self) -> int:
         """Bytes of the checkpoints that a training keeps at once."""
         section = self._session.recipe.train
-        return checkpoint_bytes(self._sizes(section), section) * (
-            section.checkpoints_total_limit + 1
-        )
+        return checkpoint_bytes(self._sizes, section) * (section.checkpoints_total_limit + 1)
 
     # ------------------------------------------------------------------ memory
 
@@ -90,7 +88,7 @@ class TeacherChecks:
         recipe = self._session.recipe
         plan = self._training(recipe.train)
         sampling = sampling_memory(
-            self._sizes(recipe.train), recipe.pairs, self._passes, distilled=self._distilled
+            self._sizes, recipe.pairs, self._passes, distilled=self._distilled
         )
         return [
             self._training_check(plan),
@@ -151,12 +149,13 @@ class TeacherChecks:
         return f"; what passes hold is not known and comes on top ({self._unplayed})"
 
     def _training(self, section: TrainSection) -> MemoryPlan:
-        return training_memory(
-            self._sizes(section), section, self._passes, distilled=self._distilled
-        )
+        return training_memory(self._sizes, section, self._passes, distilled=self._distilled)
 
-    def _sizes(self, section: TrainSection) -> NetworkSizes:
-        return NetworkSizes.of(self._weights, self._denoiser, section)
+    @cached_property
+    def _sizes(self) -> NetworkSizes:
+        """Of the recipe as it is: no change that is tried alters one."""
+        recipe = self._session.recipe
+        return NetworkSizes.of(str(self._folder), self._weights, recipe.train, recipe.pairs)
 
     def _play_through(self, bf16: bool, checkpointing: bool) -> PassMemory | None:
         config = self._config(self._denoiser.part)

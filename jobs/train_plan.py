@@ -8,10 +8,11 @@ from jobs.session import Session
 from jobs.train_state import finished_state, saved_steps
 from pipelines.costs import Work, estimate, step_rate
 from pipelines.manifest import latest_manifest
-from pipelines.memory_plan import NetworkSizes, checkpoint_bytes
+from pipelines.memory_plan import checkpoint_bytes
+from pipelines.network_sizes import NetworkSizes
 from pipelines.parallel_settings import WorkerRange
 from pipelines.stage_settings import StageKeys, StageSection, stage_steps
-from pipelines.weights import denoiser_of, pipeline_weights
+from pipelines.weights import pipeline_weights
 
 
 def plan(session: Session) -> dict[str, Any]:
@@ -56,8 +57,8 @@ def _estimate(session: Session, steps: int) -> dict[str, Any]:
 def _checkpoint_space(session: Session) -> int:
     """Of all checkpoints that are kept at once, and of the one being written."""
     section = session.recipe.train
-    weights = pipeline_weights(session.teacher_dir)
-    sizes = NetworkSizes.of(weights, denoiser_of(weights), section)
+    folder = session.teacher_dir
+    sizes = NetworkSizes.of(folder, pipeline_weights(folder), section, session.recipe.pairs)
     best = section.evaluation.best_checkpoints_limit if section.evaluation.steps else 0
     return checkpoint_bytes(sizes, section) * (section.checkpoints_total_limit + best + 1)
 

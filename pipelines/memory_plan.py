@@ -3,51 +3,31 @@
 Weights, optimizers and averages are exact from the parameter counts. What passes hold is found by
 playing the true network through without memory (`dmd_core.pass_memory`); the work space of
 convolutions and an allocator's waste are not in that, so the whole is an estimate, some tenths off
-at worst. Not in it: the VAE while it decodes pictures (a megapixel at a time, between updates), and
-a perceptual loss.
+at worst. A perceptual loss, and what is drawn and encoded for the next step, are coarse figures
+(`pipelines.memory_estimates`). Not in it: the VAE while it decodes sample pictures, a megapixel at
+a time, between updates.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 from dmd_core.pass_memory import PassMemory
 from pipelines.config import PairsSection
+from pipelines.memory_estimates import GIB, drawn_bytes, encoding_bytes, regression_bytes
+from pipelines.network_sizes import FLOAT, NetworkSizes
 from pipelines.stage_settings import StageKeys
 from pipelines.train_config import TrainSection
-from pipelines.weights import Weights
 
-GIB = 2**30
 # What a process has of a card that is sold as so many GB.
 GPUS: dict[str, float] = {"24 GB": 22.0, "40 GB": 39.0, "80 GB": 79.0, "141 GB": 139.0}
 _CONTEXT = GIB  # CUDA, its kernels, libraries
 _WASTE = 0.05  # of what passes hold
-_FLOAT, _ADAM, _BF16 = 4, 8, 2  # bytes per parameter
+_ADAM, _BF16 = 8, 2  # bytes per parameter
 
 # (mixed precision?, gradient checkpointing?) → what a pass holds; None: not known
 Passes = Callable[[bool, bool], PassMemory | None]
-
-
-@dataclass(frozen=True)
-class NetworkSizes:
-    """Parameters: `denoiser` of the network that is distilled (and copied twice), `others` of VAE
-    and text encoders, `adapters` of the LoRA that the recipe asks for, `block` of the largest
-    block that is sharded as a whole."""
-
-    denoiser: int
-    others: int
-    adapters: int
-    block: int
-
-    @staticmethod
-    def of(weights: Iterable[Weights], denoiser: Weights, section: TrainSection) -> "NetworkSizes":
-        return NetworkSizes(
-            denoiser.parameters,
-            sum(part.parameters for part in weights if part is not denoiser),
-            denoiser.adapters(section.lora_rank, section.lora_targets),
-            max(_blocks(denoiser).values()),
-        )
 
 
 @dataclass(frozen=True)
@@ -98,22 +78,28 @@ def training_memory(
     trained = sizes.adapters if section.trainable == "lora" else sizes.denoiser
     student = _sharing(parallel.generator, workers)
     fake = _sharing(parallel.fake, workers)
+    shares = [(keys, _own(section, keys)) for _, keys in section.plan()]
     parts = {
         "teacher": _teacher(sizes, section, workers),
-        "text encoders, VAE": _FLOAT * sizes.others,
-        "student": _FLOAT * sizes.denoiser / student + _gathered(sizes, student),
+        "text encoders, VAE": FLOAT * sizes.others,
+        "student": FLOAT * sizes.denoiser / student + _gathered(sizes, student),
         "student's AdamW": _ADAM * trained / student,
-        "fake score": _FLOAT * sizes.denoiser / fake + _gathered(sizes, fake),
-        "fake score's AdamW": _ADAM * sizes.denoiser / fake,
+        "fake score": FLOAT * sizes.denoiser / fake + _gathered(sizes, fake),
+        "fake score's AdamW": _ADAM * (sizes.denoiser + sizes.head) / fake,
+        "discriminator's head": FLOAT * sizes.head * (1 / fake + (fake > 1)),  # and whole, at work
+        "data of two steps": max(drawn_bytes(sizes, keys, *own) for keys, own in shares),
+        "encoders at work": max(
+            encoding_bytes(sizes, keys, section.use_gpu, *own) for keys, own in shares
+        ),
         "CUDA": _CONTEXT,
     }
     if section.trainable == "lora":
-        parts["student"] += _FLOAT * sizes.adapters / student
+        parts["student"] += FLOAT * sizes.adapters / student
     if section.ema_halflife_samples:
-        parts["student's average"] = _FLOAT * trained / student
+        parts["student's average"] = FLOAT * trained / student
     if workers > 1:
-        buckets = trained * (student == 1) + sizes.denoiser * (fake == 1)
-        parts["DDP's gradient buckets"] = _FLOAT * buckets
+        buckets = trained * (student == 1) + (sizes.denoiser + sizes.head) * (fake == 1)
+        parts["DDP's gradient buckets"] = FLOAT * buckets
     memory = passes(section.mixed_precision == "bf16", parallel.gradient_checkpointing)
     if memory is not None:
         busiest = max(
@@ -126,11 +112,16 @@ def training_memory(
 
 def samples_at_once(section: TrainSection, keys: StageKeys) -> tuple[int, int]:
     """(fresh, paired) samples in one pass of a worker of the smallest group."""
-    paired = keys.regression_batch_size if keys.needs_pairs else 0
-    workers, micro = _workers(section), section.micro_batch_size
-    own = [-(-batch // workers) for batch in (keys.train_batch_size, paired)]
+    own, micro = _own(section, keys), section.micro_batch_size
     fresh, pairs = own if micro is None else [-(-n // -(-n // micro)) if n else 0 for n in own]
     return fresh, pairs
+
+
+def _own(section: TrainSection, keys: StageKeys) -> tuple[int, int]:
+    """(fresh, paired) samples of an update that are a worker's, in the smallest group."""
+    paired = keys.regression_batch_size if keys.needs_pairs else 0
+    workers = _workers(section)
+    return -(-keys.train_batch_size // workers), -(-paired // workers)
 
 
 def most_at_once(section: TrainSection) -> int:
@@ -158,12 +149,15 @@ def _stage_passes(
     cast = _BF16 * sizes.denoiser if section.mixed_precision == "bf16" else 0
     scores = _scoring(keys, memory, scored, cast, distilled)
     judged = memory.held_by(fresh) if judging else 0.0
+    compared = regression_bytes(sizes, keys, section.perceptual_resize, paired)
     # Of a pass's peak, the gradients of a whole network in float32 are a part.
-    elsewhere = _FLOAT * (sizes.denoiser - trained / student)
-    generator = max(held + scores, held + judged, memory.peak_of(fresh + paired) - elsewhere)
+    elsewhere = FLOAT * (sizes.denoiser - trained / student)
+    peak = memory.peak_of(fresh + paired) - elsewhere
+    generator = max(held + max(scores, judged, compared), peak)
     seen = scored + (3 if keys.r1_weight else 2) * fresh * judging
-    elsewhere = _FLOAT * sizes.denoiser * (1 - 1 / fake)
-    return max(generator, memory.held_by(seen), memory.peak_of(seen) - elsewhere)
+    elsewhere = FLOAT * sizes.denoiser * (1 - 1 / fake)
+    score = max(memory.held_by(seen), memory.peak_of(seen) - elsewhere)
+    return max(generator, score + FLOAT * sizes.head * judging)  # its gradients are whole, too
 
 
 def _scoring(
@@ -181,14 +175,16 @@ def _scoring(
 def _teacher(sizes: NetworkSizes, section: TrainSection, workers: int) -> float:
     placement = section.parallel.teacher
     if placement == "replicated":
-        return _FLOAT * sizes.denoiser
-    share = 0.0 if placement == "offload" else _FLOAT * sizes.denoiser / workers
-    return share + 2 * _FLOAT * sizes.block
+        return FLOAT * sizes.denoiser
+    share = 0.0 if placement == "offload" else FLOAT * sizes.denoiser / workers
+    # Sent, and at work, in the dtype of the passes: see `dmd_core.parallel.shard`.
+    width = _BF16 if section.mixed_precision == "bf16" else FLOAT
+    return share + 2 * width * sizes.block
 
 
 def _gathered(sizes: NetworkSizes, sharing: int) -> float:
     """Blocks that are whole for a moment: the one at work and the next."""
-    return 2 * _FLOAT * sizes.block if sharing > 1 else 0.0
+    return 2 * FLOAT * sizes.block if sharing > 1 else 0.0
 
 
 def _sharing(strategy: str, workers: int) -> int:
@@ -198,17 +194,6 @@ def _sharing(strategy: str, workers: int) -> int:
 def _workers(section: TrainSection) -> int:
     size = section.group_size
     return size if isinstance(size, int) else size[0]
-
-
-def _blocks(denoiser: Weights) -> dict[str, int]:
-    """Parameters of each part that is sharded as a whole: entries of lists, the rest by name."""
-    found: dict[str, int] = {}
-    one = {name: Weights("", {name: shape}) for name, shape in denoiser.shapes.items()}
-    for name, weight in one.items():
-        first, *rest = name.split(".")
-        key = f"{first}.{rest[0]}" if rest and rest[0].isdigit() else first
-        found[key] = found.get(key, 0) + weight.parameters
-    return found
 
 
 # ---------------------------------------------------------------- what would make it fit
@@ -261,8 +246,8 @@ def sampling_memory(
 ) -> MemoryPlan:
     """Of one teacher of `dmd pairs`; `distilled` as in `training_memory`."""
     parts = {
-        "teacher": float(_FLOAT * sizes.denoiser),
-        "text encoders, VAE": float(_FLOAT * sizes.others),
+        "teacher": float(FLOAT * sizes.denoiser),
+        "text encoders, VAE": float(FLOAT * sizes.others),
         "CUDA": float(_CONTEXT),
     }
     memory = passes(section.compute_dtype == "bfloat16", False)
@@ -277,4 +262,4 @@ def checkpoint_bytes(sizes: NetworkSizes, section: TrainSection) -> int:
     """Of one checkpoint on the store: trained weights, both optimizers, the moving average."""
     trained = sizes.adapters if section.trainable == "lora" else sizes.denoiser
     average = trained if section.ema_halflife_samples else 0
-    return (_FLOAT + _ADAM) * (trained + sizes.denoiser) + _FLOAT * average
+    return (FLOAT + _ADAM) * (trained + sizes.denoiser + sizes.head) + FLOAT * average

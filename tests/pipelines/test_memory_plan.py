@@ -1,31 +1,52 @@
 """The memory plan: exact where it counts, near the truth where it estimates."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import save_file
+from torch._subclasses import FakeTensorMode
 
+from dmd_core.decoder import decoded
 from dmd_core.families import FAMILIES
+from dmd_core.lora import LoraSettings, add_lora
 from dmd_core.miniature import MiniatureSize, build_unet
-from dmd_core.pass_memory import _DRIVEN, PassMemory, UnknownNetworkError, pass_memory
+from dmd_core.networks import DmdNetworks
+from dmd_core.parallel import World
+from dmd_core.pass_memory import (
+    _DRIVEN,
+    PassMemory,
+    UnknownNetworkError,
+    _Live,
+    condition_bytes,
+    pass_memory,
+)
+from dmd_core.perceptual import Lpips
 from dmd_core.teacher import load_teacher
+from pipelines import memory_estimates
 from pipelines.config import PairsSection
+from pipelines.memory_estimates import regression_bytes
 from pipelines.memory_plan import (
     GIB,
     Change,
-    NetworkSizes,
     checkpoint_bytes,
     fitting_change,
     sampling_memory,
     training_memory,
 )
+from pipelines.network_sizes import NetworkSizes
+from pipelines.stage_settings import StageKeys
 from pipelines.train_config import TrainSection
+from pipelines.train_settings import trainer_settings
 from pipelines.weights import WeightsError, denoiser_of, pipeline_weights
+from tests.dmd_core.test_true_sd15 import VAE
 from tests.dmd_core.tiny_families import BUILDERS
 
 # Stable Diffusion 1.5 in round figures; a pass holds 1 GiB per sample beside 3 GiB of gradients.
 SIZES = NetworkSizes(denoiser=860_000_000, others=206_000_000, adapters=12_000_000, block=10**8)
+JUDGED = replace(SIZES, head=10**8)
 PASS = PassMemory(held=(2 * GIB, 9 * GIB), peak=(4 * GIB, 10 * GIB), frozen=(GIB // 4, GIB))
 CHECKPOINTED = PassMemory(held=(GIB, 2 * GIB), peak=(4 * GIB, 5 * GIB), frozen=(GIB // 4, GIB))
 
@@ -77,13 +98,40 @@ def test_a_network_cut_into_files_is_one_network(tmp_path):
 
 
 def test_adapters_are_counted_as_peft_makes_them(tiny_teacher_dir):
-    from dmd_core.lora import LoraSettings, add_lora
-
     unet = load_teacher(tiny_teacher_dir).pipeline.unet
     settings = LoraSettings(rank=4, alpha=4)
     counted = denoiser_of(pipeline_weights(tiny_teacher_dir)).adapters(4, settings.targets)
     add_lora(unet, settings, 0)
     assert counted == sum(p.numel() for p in unet.parameters() if p.requires_grad) > 0
+
+
+def test_the_sum_is_that_of_the_networks_of_a_run(tiny_teacher_dir):
+    asked = section(gan_weight=1e-3, real_pictures="given", ema_halflife_samples=10)
+    teacher = load_teacher(tiny_teacher_dir)
+    networks = DmdNetworks(teacher, trainer_settings(asked, 0), World())
+    weights = pipeline_weights(tiny_teacher_dir)
+    sizes = NetworkSizes.of(tiny_teacher_dir, weights, asked, PairsSection())
+    plan = training_memory(sizes, asked, lambda bf16, checkpointing: None)
+    stored = {
+        part: sum(tensor.nbytes for tensor in tensors.values() if tensor.ndim)  # without counts
+        for part, tensors in networks.parts().items()
+    }
+    assert stored["head"] > 0
+    expected = {
+        "student": stored["generator"],
+        "student's AdamW": stored["generator_optimizer"],
+        "student's average": stored["ema"],
+        "fake score": stored["fake"],
+        "fake score's AdamW": stored["fake_optimizer"] + stored["head_optimizer"],
+        "discriminator's head": stored["head"],
+    }
+    assert {name: plan.parts[name] for name in expected} == expected
+    assert checkpoint_bytes(sizes, asked) == sum(stored.values())
+
+    cond = teacher.encode_prompts(["a red fox"])
+    assert cond.text is not None
+    unet = teacher.pipeline.unet
+    assert condition_bytes(unet, text_tokens=cond.text.shape[1]) == cond.text.nbytes
 
 
 # ------------------------------------------------------------------ passes
@@ -201,6 +249,81 @@ def test_a_gan_and_pairs_need_more():
     base = total(train_batch_size=8)
     assert total(train_batch_size=8, gan_weight=1e-3, real_pictures="emoji") > base + 5
     assert total(train_batch_size=8, lambda_reg=1.0, regression_batch_size=8) > base + 5
+
+
+def test_a_head_is_whole_on_every_worker_while_it_works():
+    """Sharded with the fake score, in the group that is gathered for the whole of a pass."""
+    asked = section(
+        gan_weight=1e-3, real_pictures="given", num_workers=4,
+        parallel={"generator": "fsdp", "fake": "fsdp"},
+    )  # fmt: skip
+    without, whole = (training_memory(s, asked, passes).total for s in (SIZES, JUDGED))
+    shards, gathered, gradients = (4 + 8) / 4, 4, 4 * 1.05
+    assert whole - without == pytest.approx((shards + gathered + gradients) * JUDGED.head, rel=1e-3)
+
+
+def test_data_is_drawn_and_encoded_beside_the_passes():
+    sizes = replace(SIZES, sample=10**5, condition=10**6, picture=(512, 512))
+    gan = {"gan_weight": 1e-3, "real_pictures": "given", "fake_updates": 5}
+    plain = training_memory(sizes, section(train_batch_size=8), passes).parts
+    assert plain["data of two steps"] == 2 * 8 * (10 * 10**5 + 10**6)
+    assert plain["encoders at work"] == 25 * 8 * 10**6
+    judged = training_memory(sizes, section(train_batch_size=8, **gan), passes).parts
+    assert judged["data of two steps"] == 2 * 5 * 8 * (10 * 10**5 + 2 * 10**6)
+    assert judged["encoders at work"] == 3 * GIB // 4  # one picture, a quarter of a megapixel
+    on_gpu = training_memory(sizes, section(train_batch_size=8, use_gpu=True, **gan), passes).parts
+    assert on_gpu["encoders at work"] == 3 * GIB
+    pixels = replace(sizes, decoded=False)
+    assert (
+        training_memory(pixels, section(**gan), passes).parts["encoders at work"] == 25 * 32 * 10**6
+    )
+
+
+def test_a_perceptual_loss_needs_more_the_larger_its_pictures_are():
+    pixels = replace(SIZES, picture=(32, 32), decoded=False)
+    latents, keys = replace(SIZES, picture=(512, 256)), StageKeys(regression_loss="lpips")
+    tiny = keys.model_copy(update={"regression_decoder": "/models/taesd"})
+    assert regression_bytes(pixels, keys, 224, 8) == 8 * 224**2 * 3_000
+    assert regression_bytes(pixels, keys, 0, 8) == 8 * 32**2 * 3_000
+    assert regression_bytes(latents, tiny, 224, 8) == 8 * 512 * 256 * (3_000 + 2_700)
+    assert regression_bytes(latents, keys, 224, 8) > 4 * regression_bytes(latents, tiny, 224, 8)
+    assert regression_bytes(pixels, StageKeys(regression_loss="l2"), 224, 8) == 0
+
+    def held(**settings) -> int:
+        asked = {"lambda_reg": 1.0, "dm_weight": 0, "regression_batch_size": 32} | settings
+        plan = training_memory(pixels, section(train_batch_size=32, **asked), passes)
+        return plan.parts["gradients and passes"]
+
+    lpips = held(regression_loss="lpips")
+    assert lpips > held(regression_loss="l2")
+    assert lpips > held(regression_loss="lpips", micro_batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("figure", "pooling", "decoder"),
+    [
+        (memory_estimates._PERCEPTUAL["lpips"], "max", None),
+        (memory_estimates._PERCEPTUAL["st-lpips"], "blur", None),
+        (memory_estimates._DECODER_TINY, None, AutoencoderTiny),
+        (memory_estimates._DECODER_VAE, None, lambda: AutoencoderKL.from_config(VAE)),
+    ],
+)
+def test_the_coarse_figures_are_those_of_the_true_classes(figure, pooling, decoder):
+    with FakeTensorMode():
+        parts = torch.nn.ModuleList()
+        distance, decode, shape = torch.nn.MSELoss(), torch.nn.Identity(), (2, 3, 64, 64)
+        if pooling:
+            distance = Lpips(pooling=pooling, resize=None)
+            parts.append(distance)
+        if decoder:
+            vae, shape = decoder().requires_grad_(False), (2, 4, 8, 8)
+            parts.append(vae)
+            decode = lambda latents: vae.decode(latents, return_dict=False)[0]  # noqa: E731
+        x, y = torch.empty(shape, requires_grad=True), torch.empty(shape)
+        live = _Live(parts)
+        with live:
+            decoded(distance, decode)(x, y).sum().backward()
+    assert live.peak / (2 * 64**2) == pytest.approx(figure, rel=0.1)
 
 
 def test_guidance_is_a_second_pass_only_where_it_is_one():
