@@ -2,10 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+import yaml
 from diffusers import DiffusionPipeline
 
+import jobs
 from jobs.cli import main
 from jobs.config import load_recipe, shipped_recipes
 from jobs.placement import (
@@ -17,7 +20,9 @@ from jobs.placement import (
     train_demand,
 )
 from pipelines.placement import NodeFacts, room_for
+from pipelines.stage_settings import stage_steps
 from pipelines.teacher_source import TeacherSource, teacher_source
+from pipelines.train_config import TrainSection
 from tests.dmd_core.tiny_families import save_family
 from tests.pipelines.dmd_runs import PROMPTS, write_pictures
 
@@ -80,6 +85,27 @@ def test_its_work_has_room_in_the_ray_that_it_starts(name):
     for demand in (*fed, train_demand(recipe), teacher_training_demand(recipe)):
         assert room_for(demand, [node]) >= demand.count, demand
     assert [too_full(demand, [node], DATA_CPUS) for demand in fed] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("name", "iterations"),
+    [("sdxl", 20_000), ("sd3", 20_000), ("flux", 5_000), ("cifar10-dmd2", 200_000)],
+)
+def test_its_steps_are_the_published_updates_of_the_student(name, iterations):
+    """DMD2 and FastGen count the updates of the fake score, too; a step is one of the student."""
+    train = load_recipe(name, []).train
+    assert train.total_steps * train.fake_updates == iterations
+    assert train.lr_warmup_steps * train.fake_updates == 500
+
+
+def test_dmd2_s_settings_for_stable_diffusion_are_a_recipe():
+    """Those in the last comment of `sd15`, with the paper's steps."""
+    text = (Path(jobs.__file__).parent / "recipes" / "sd15.yaml").read_text()
+    (block,) = re.findall(r"#   (train: \{.*?\n(?:#  .*\n)*)", text)
+    given = yaml.safe_load(block.replace("\n#", "\n"))["train"]
+    train = TrainSection.model_validate(given)
+    assert [10 * stage_steps(stage, keys) for stage, keys in train.plan()] == [40_000, 5_000]
+    assert train.fake_updates == 10 and train.lr_warmup_steps * 10 == 500
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))
