@@ -24,9 +24,16 @@ def exact_float32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def autocast(device: torch.device, compute: torch.dtype) -> torch.autocast:
+    """Matrix products and convolutions in `compute`: bfloat16, or float32 (as they are)."""
+    mixed = compute == torch.bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed)
+
+
 @dataclass(frozen=True)
 class PrecisionPolicy:
-    """`compute`: dtype of matrix products and convolutions inside the networks (autocast)."""
+    """`compute`: dtype of matrix products and convolutions inside the networks and text encoders
+    (autocast)."""
 
     compute: torch.dtype = torch.float32
 

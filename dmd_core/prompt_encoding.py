@@ -8,6 +8,7 @@ import torch
 
 from dmd_core.condition import Condition
 from dmd_core.families import Family
+from dmd_core.precision import autocast
 
 # Height and width of the picture in pixels: SDXL is told them.
 Size = tuple[int, int]
@@ -16,12 +17,17 @@ _LONGEST = 512  # tokens that any of the families reads
 
 @dataclass(frozen=True)
 class PromptEncoder:
-    """A pipeline's tokenizers and text encoders. `class_names`: of a class-conditional model."""
+    """A pipeline's tokenizers and text encoders. `class_names`: of a class-conditional model.
+
+    `compute_dtype` bfloat16 runs the text encoders under autocast, as the denoising network is:
+    they are often larger than it. Conditions are float32 always.
+    """
 
     family: Family
     pipeline: Any
     device: torch.device
     class_names: tuple[str, ...] = ()
+    compute_dtype: torch.dtype = torch.float32
 
     @torch.no_grad()
     def prompts(self, prompts: Sequence[str], size: Size) -> Condition:
@@ -32,7 +38,9 @@ class PromptEncoder:
         """
         distinct = sorted(set(prompts))
         _check_tokens(self.pipeline, distinct)
-        condition = _ENCODERS[self.family.pipeline](self, distinct, size)
+        with autocast(self.device, self.compute_dtype):
+            condition = _ENCODERS[self.family.pipeline](self, distinct, size)
+        condition = _in_float32(condition)
         row = {prompt: index for index, prompt in enumerate(distinct)}
         return condition.rows(torch.tensor([row[prompt] for prompt in prompts], device=self.device))
 
@@ -46,6 +54,11 @@ class PromptEncoder:
         text, pooled = condition.text, condition.pooled
         assert text is not None and pooled is not None
         return replace(condition, text=text * keep[:, None, None], pooled=pooled * keep[:, None])
+
+
+def _in_float32(condition: Condition) -> Condition:
+    text, pooled = (x if x is None else x.float() for x in (condition.text, condition.pooled))
+    return replace(condition, text=text, pooled=pooled)
 
 
 def _check_tokens(pipeline: Any, prompts: list[str]) -> None:
@@ -82,7 +95,7 @@ def _sdxl(encoder: PromptEncoder, prompts: list[str], size: Size) -> Condition:
     )
     # As its `__call__` has it: original and target size alike, nothing cropped.
     time_ids = pipeline._get_add_time_ids(
-        size, (0, 0), size, text.dtype,
+        size, (0, 0), size, torch.float32,
         text_encoder_projection_dim=pipeline.text_encoder_2.config.projection_dim,
     )  # fmt: skip
     time_ids = time_ids.to(encoder.device).expand(len(prompts), -1)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +121,15 @@ class Teacher:
     ) -> torch.Tensor:
         """The guided ODE from ε (B,C,h,w) to x₀ (B,C,h,w), float32, on `device`.
 
-        `negative_prompt`: one for all rows, or one for each.
+        `negative_prompt`: one for all rows, or one for each. `compute_dtype`: of the network and
+        the text encoders; the ODE is integrated in float32.
         """
         size, tokens = self.geometry.pixels(eps.shape), self.geometry.image_tokens(eps.shape)
-        cond = self.encoder.prompts(prompts, size)
+        encoder = replace(self.encoder, compute_dtype=compute_dtype)
+        cond = encoder.prompts(prompts, size)
         uncond = cond.rows(slice(1))  # not looked at without guidance
         if guidance_scale > 1.0 and cond.guidance is None:
-            uncond = self.encoder.negatives(_negatives(negative_prompt, len(eps)), size)
+            uncond = encoder.negatives(_negatives(negative_prompt, len(eps)), size)
         scheduler = make_scheduler(solver, self.pipeline.scheduler.config, tokens)
         return integrate(
             self.network(compute_dtype),
@@ -166,11 +168,13 @@ def load_teacher(
     device: str | torch.device = "cpu",
     network_device: str | torch.device = "",
     size: tuple[int | None, int | None] = (None, None),
+    compute_dtype: torch.dtype = torch.float32,
 ) -> Teacher:
     """Load a local pipeline folder; raises `TeacherError` that names what is missing.
 
     `network_device`: where the denoising network lies, if not on `device` (one that is to be
     sharded). `size`: height and width in pixels of the pictures it is used for; None: its own.
+    `compute_dtype`: of `encode_prompts` and `encode_negatives`.
     """
     check_teacher(path)
     family = family_of(path)
@@ -192,7 +196,7 @@ def load_teacher(
         family,
         geometry,
         schedule,
-        PromptEncoder(family, pipeline, torch.device(device), class_names(path)),
+        PromptEncoder(family, pipeline, torch.device(device), class_names(path), compute_dtype),
         geometry.pixels(shape),
         teacher_revision(path),
     )

@@ -31,6 +31,7 @@ from pipelines.manifest_model import canonical_digest, generation_folder
 
 # Raised by hand when a change of the code changes the numbers that a fingerprint stands for.
 NUMERICS_VERSION = 1
+_NUMERICS_OF = {"bfloat16": 2}  # of other precisions than float32. 2: text encoders compute in it
 ROW_SCHEMA_VERSION = 2  # of a row; manifests have their own
 TENSORS = ("noise", "latent")
 _NEGATIVE_PROMPT = "negative_prompt"
@@ -82,6 +83,11 @@ class Fingerprint:
         return generation_folder(self.digest)
 
 
+def numerics_version(compute_dtype: str) -> int:
+    """Of the pairs that this program makes."""
+    return _NUMERICS_OF.get(compute_dtype, NUMERICS_VERSION)
+
+
 def fingerprint_of(section: PairsSection, teacher_revision: str) -> Fingerprint:
     """The fingerprint of the pairs that `section` asks for."""
     return Fingerprint(
@@ -95,6 +101,7 @@ def fingerprint_of(section: PairsSection, teacher_revision: str) -> Fingerprint:
         dtype=section.dtype,
         compute_dtype=section.compute_dtype,
         seed=section.seed,
+        numerics_version=numerics_version(section.compute_dtype),
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from dmd_core.noise import sample_noise
 from dmd_core.teacher import Teacher, TeacherError
 from pipelines.manifest_model import Manifest
-from pipelines.pairs import NUMERICS_VERSION
+from pipelines.pairs import numerics_version
 from pipelines.storage import Store
 from pipelines.stored_rows import StoredRow, random_rows, read_rows
 
@@ -74,11 +74,12 @@ def verify_rows(
     """
     fingerprint = manifest.fingerprint
     check_revision(manifest, teacher.revision)
-    if fingerprint["numerics_version"] != NUMERICS_VERSION:
+    ours = numerics_version(fingerprint["compute_dtype"])
+    if fingerprint["numerics_version"] != ours:
         raise TeacherError(
             f"version {manifest.version} was made by numerics_version "
-            f"{fingerprint['numerics_version']}; this program has {NUMERICS_VERSION} and would "
-            "make other pairs"
+            f"{fingerprint['numerics_version']}; this program has {ours} and would make other "
+            "pairs"
         )
     if tolerance is None:
         tolerance = TOLERANCE[fingerprint["compute_dtype"]]

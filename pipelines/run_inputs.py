@@ -10,6 +10,7 @@ from dmd_core.decoder import decoded, load_decoder
 from dmd_core.losses import REGRESSION_LOSSES, Distance, regression_distance
 from dmd_core.noise import stable_seed
 from dmd_core.perceptual import load_perceptual
+from dmd_core.precision import PrecisionPolicy
 from dmd_core.teacher import load_teacher
 from pipelines.config import PairsSection, StorageSection
 from pipelines.following import FollowedPrompts, Follower, NewerVersions, PairVersions, PinHolder
@@ -26,6 +27,7 @@ from pipelines.streams import (
     PictureStream,
     PromptStream,
     open_pictures,
+    pictures_at_once,
     pictures_digest,
 )
 from pipelines.teacher_source import local_teacher
@@ -52,6 +54,7 @@ class RunInputs:
             device=device,
             network_device="cpu" if self.section.parallel.shards else device,
             size=(self.pairs_section.height, self.pairs_section.width),
+            compute_dtype=PrecisionPolicy.named(self.section.mixed_precision).compute,
         )
         self._root = open_store(config["root"], self._storage)
         self.versions = PairVersions(self._root, self.pins, self.seed)
@@ -110,8 +113,11 @@ class RunInputs:
     @cached_property
     def sample_pictures(self) -> SamplePictures:
         prompts = () if self.versions.segments else self._prompts.prompts
+        pairs, sharded = self.pairs_section, self.section.parallel.teacher != "replicated"
+        if sharded and self.section.mixed_precision == "bf16":  # all that its shards can do
+            pairs = pairs.model_copy(update={"compute_dtype": "bfloat16"})
         return SamplePictures(
-            self.teacher, self.pairs_section, self.versions, prompts,
+            self.teacher, pairs, self.versions, prompts,
             count=self.section.num_validation_images, seed=self.seed,
             at_once=most_at_once(self.section),
         )  # fmt: skip
@@ -153,4 +159,5 @@ class RunInputs:
         store, refs = self._pictures
         size = self.teacher.geometry.pixels(self.shape)
         seed = stable_seed(self.seed, "pictures")
-        return PictureStream(store, refs, self.teacher.encode, size, seed)
+        at_once = pictures_at_once(size, self.teacher.device)
+        return PictureStream(store, refs, self.teacher.encode, size, seed, at_once=at_once)

@@ -206,6 +206,17 @@ def test_each_setting_that_changes_the_pairs_changes_the_fingerprint():
     assert re.fullmatch(r"generations/[0-9a-f]{16}", base.folder)
 
 
+def test_pairs_of_bfloat16_text_encoders_are_a_generation_of_their_own():
+    section = PairsSection()
+    exact, mixed = (
+        fingerprint_of(section.model_copy(update={"compute_dtype": name}), "a" * 64)
+        for name in ("float32", "bfloat16")
+    )
+    assert (exact.numerics_version, mixed.numerics_version) == (1, 2)
+    before = replace(mixed, numerics_version=1)  # its text encoders were in float32
+    assert before.folder != mixed.folder
+
+
 def test_where_and_how_fast_the_pairs_are_made_does_not_change_the_fingerprint():
     section = PairsSection()
     other = section.model_copy(

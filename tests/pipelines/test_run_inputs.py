@@ -67,6 +67,28 @@ def test_what_is_as_it_was_is_read(config):
     assert pictures is not None and pictures.x.shape == (2, *inputs.shape)
 
 
+def test_prompts_are_encoded_in_the_precision_of_the_networks(config):
+    for precision, dtype in (("no", torch.float32), ("bf16", torch.bfloat16)):
+        config["train"]["mixed_precision"] = precision
+        assert RunInputs(config, Group(0, 1)).teacher.encoder.compute_dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("teacher", "precision", "expected"),
+    [
+        ("sharded", "bf16", "bfloat16"),
+        ("replicated", "bf16", "float32"),
+        ("offload", "no", "float32"),
+    ],
+)
+def test_a_teacher_in_bfloat16_shards_makes_its_sample_pictures_in_bfloat16(
+    config, teacher, precision, expected
+):
+    config["train"]["mixed_precision"] = precision
+    config["train"]["parallel"]["teacher"] = teacher
+    assert RunInputs(config, Group(0, 1)).sample_pictures._section.compute_dtype == expected
+
+
 @pytest.mark.parametrize("change", [_prompts_grow, _a_picture_goes])
 def test_what_changed_is_refused(config, tmp_path, change):
     inputs = RunInputs(config, Group(0, 1))
@@ -76,8 +98,10 @@ def test_what_changed_is_refused(config, tmp_path, change):
 
 
 def test_what_another_worker_found_changed_is_refused_here_too(config, monkeypatch):
-    def other_worker_found(flags):
-        flags += torch.tensor([1, 0], dtype=flags.dtype)
+    found = iter((1, 0))  # its prompts, and not its pictures
+
+    def other_worker_found(total):
+        total += next(found)
 
     monkeypatch.setattr(torch.distributed, "all_reduce", other_worker_found)
     with pytest.raises(CheckpointError, match=r"prompts\.txt changed since"):
