@@ -17,14 +17,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from benchmarks.one_step import _processor
 from dmd_core.metrics import kid_difference
 from jobs.run_settings import flat_settings
-from pipelines.evaluation import KID_ROWS, METRICS, reference_of, verdict
+from pipelines.evaluation import METRICS
+from pipelines.measures import KID_ROWS, reference_of, verdict
 from pipelines.storage import open_store
-from pipelines.stored_images import StoredImages, open_images
+from pipelines.stored_images import StoredImages, array_of, open_images
 from pipelines.systems import STUDENT
 from pipelines.unit import Unit
 
@@ -64,8 +66,8 @@ def compare(both: Path, regression: Path) -> dict[str, Any]:
     against = reference_of(images["both"])
     prompts = images["both"][STUDENT].prompts[:KID_ROWS]
     difference = kid_difference(
-        *(images[name][STUDENT].features[:KID_ROWS] for name in runs),
-        images["both"][against].features[:KID_ROWS],
+        *(_features(images[name][STUDENT]) for name in runs),
+        _features(images["both"][against]),
         **Unit(metrics["both"]["confidence"]).of(prompts),
     )
     return {
@@ -86,6 +88,10 @@ def compare(both: Path, regression: Path) -> dict[str, Any]:
 def _settings(run: Path) -> dict[str, Any]:
     content = yaml.safe_load((run / "config.yaml").read_text())
     return flat_settings({part: content[part] for part in _TRAINED})
+
+
+def _features(images: StoredImages) -> np.ndarray:
+    return array_of(images, "features", stop=KID_ROWS)
 
 
 def _pictures(run: Path, metrics: dict[str, Any]) -> dict[str, StoredImages]:

@@ -48,7 +48,7 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
         if not enough_for_frechet(features):
             raise ValueError(
                 f"Fréchet distance of {count} samples with {dimension} features; expected at least "
-                f"{_SAMPLES_PER_FEATURE * dimension} samples. Use kid, which is unbiased at any N"
+                f"{least_for_frechet(dimension)} samples. Use kid, which is unbiased at any N"
             )
         features = _matrix(features)
         moments += [features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))]
@@ -56,8 +56,13 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
 
 
 def enough_for_frechet(features: np.ndarray) -> bool:
-    """Are (N,d) features enough for `frechet_distance`: N ≥ 4 d?"""
-    return features.shape[1] * _SAMPLES_PER_FEATURE <= features.shape[0]
+    """Are (N,d) features enough for `frechet_distance`?"""
+    return features.shape[0] >= least_for_frechet(features.shape[1])
+
+
+def least_for_frechet(dimension: int) -> int:
+    """Samples that `frechet_distance` takes: four for each feature."""
+    return _SAMPLES_PER_FEATURE * dimension
 
 
 def frechet_distance_of_gaussians(

@@ -19,8 +19,10 @@ from pipelines.beside_results import Evaluated
 from pipelines.beside_settings import EvaluationSection
 from pipelines.computing import prepare_computing
 from pipelines.config import EvaluateSection, PairsSection, StorageSection
-from pipelines.evaluation import FOLDER, held_out, measure_system, usable_gallery
+from pipelines.distances import distances_to_teacher
+from pipelines.evaluation import FOLDER, held_out
 from pipelines.inception_features import Judge
+from pipelines.measures import measure_system, own_features, usable_gallery
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store, open_store
 from pipelines.stored_images import Pictures, open_images
@@ -153,7 +155,9 @@ def evaluate_checkpoint(task: EvaluationTask, step: int) -> Evaluated:
         features = _features(task, run, found)
         gallery, _ = usable_gallery(load_gallery(teacher), task.prompts, features[STUDENT])
         unit = Unit.of_teacher(teacher, EvaluateSection.model_validate(task.evaluate).confidence)
-    metrics = measure_system(STUDENT, found, features, gallery, unit)
+    compared = {system: found[system] for system in (TEACHER, STUDENT)}
+    distances = distances_to_teacher(compared)
+    metrics = measure_system(STUDENT, found, features, distances, gallery, unit)
     provenance = {
         "inputs": task.inputs,
         "prompts": len(set(task.prompts)),
@@ -191,7 +195,7 @@ def _features(
     judge = Judge.of(evaluate, StorageSection.model_validate(task.storage))
     compared = {system: found[system] for system in (STUDENT, TEACHER_AGAIN) if system in found}
     if judge is None:
-        return {system: entry.features for system, entry in compared.items()}
+        return own_features(compared)
     alone = images.SamplerPool(actors=0, gpus=task.settings.num_gpus)
     return judge.features(run.at(FOLDER), _teacher_folders(task), compared, alone)
 

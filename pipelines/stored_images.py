@@ -5,11 +5,13 @@ more; readers take them one by one, for 50,000 large pictures fit in no memory.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +19,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from dmd_core.files import write_atomic
+from pipelines.bounded import map_bounded
 from pipelines.storage import Store
 from pipelines.systems import Images
 
@@ -96,19 +99,26 @@ class StoredImages:
     def seeds(self) -> tuple[int, ...]:
         return tuple(self._column("seed")["seed"].to_pylist())
 
-    @cached_property
-    def features(self) -> np.ndarray:
-        table = self._column("features")
-        return _array(table, "features", _shapes(table))
+    def array(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """As `array_of`."""
+        first = self.starts[0]
+        stop = sys.maxsize if stop is None else stop
+        ends = (*self.starts[1:], sys.maxsize)
+        spans = [(at - first, end - first) for at, end in zip(self.starts, ends, strict=True)]
+
+        def read(at: int) -> np.ndarray:
+            return self._read(at + first, [name])[name][max(0, start - at) : stop - at]
+
+        wanted = [at for at, end in spans if at < stop and end > start]
+        if len(wanted) == 1:
+            return read(wanted[0])
+        return np.concatenate(list(map_bounded(read, wanted)))
 
     def parts(self) -> Iterator[Images]:
         for start in self.starts:
-            with _named(self._folder):
-                with self.store.arrow.open_input_file(self._path(start)) as file:
-                    table = pq.read_table(file)
-                arrays = {name: _array(table, name, _shapes(table)) for name in _ARRAYS}
-                prompts, seeds = (tuple(table[name].to_pylist()) for name in ("prompt", "seed"))
-            yield Images(prompts, seeds, **arrays)
+            found = self._read(start, ["prompt", "seed", *_ARRAYS])
+            arrays = {name: found[name] for name in _ARRAYS}
+            yield Images(found["prompt"], found["seed"], **arrays)
 
     def groups(self, rows: int) -> "Mapping[int, StoredImages]":
         """First row → whole files, as many as begin in the same `rows` rows."""
@@ -123,6 +133,19 @@ class StoredImages:
             if sum(len(one.prompts) for one in found) >= count:
                 break
         return Images.cat(found).rows(slice(count))
+
+    def _read(self, start: int, names: Sequence[str]) -> dict[str, Any]:
+        """Columns of one file: arrays, and tuples of what is no array."""
+        with _named(self._folder), self.store.arrow.open_input_file(self._path(start)) as source:
+            file = pq.ParquetFile(source, pre_buffer=True)
+            shapes = json.loads((file.schema_arrow.metadata or {})[b"shapes"])
+            table = file.read(columns=list(names))
+            return {
+                name: _array(table[name], _ARRAYS[name], shapes[name])
+                if name in _ARRAYS
+                else tuple(table[name].to_pylist())
+                for name in names
+            }
 
     def _column(self, name: str) -> pa.Table:
         with _named(self._folder):
@@ -139,6 +162,14 @@ class StoredImages:
 
 
 Pictures = Images | StoredImages  # of one system: in memory, or not
+
+
+def array_of(images: Pictures, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Rows `start` to `stop` (None: the last) of "latents", "pictures" or "features". Of stored
+    ones the files of these rows are read, and of each that column alone."""
+    if isinstance(images, Images):
+        return getattr(images, name)[start:stop]
+    return images.array(name, start, stop)
 
 
 @contextmanager
@@ -160,10 +191,11 @@ def _raw_rows(array: np.ndarray) -> pa.Array:
     return pa.array([row.tobytes() for row in rows], pa.binary(rows[0].nbytes))
 
 
-def _shapes(table: pa.Table) -> dict[str, list[int]]:
-    return json.loads((table.schema.metadata or {})[b"shapes"])
-
-
-def _array(table: pa.Table, name: str, shapes: dict[str, list[int]]) -> np.ndarray:
-    raw = b"".join(table[name].to_pylist())
-    return np.frombuffer(raw, _ARRAYS[name]).reshape(-1, *shapes[name])
+def _array(column: pa.ChunkedArray, dtype: Any, shape: Sequence[int]) -> np.ndarray:
+    """(N,*shape), read-only; nothing is copied."""
+    if not pa.types.is_fixed_size_binary(column.type):
+        raise TypeError(f"a column of {column.type}")
+    rows = column.combine_chunks()
+    width = column.type.byte_width
+    data = memoryview(rows.buffers()[1])[rows.offset * width :][: len(rows) * width]
+    return np.frombuffer(data, dtype).reshape(-1, *shape)

@@ -1,11 +1,14 @@
 """Station 9: the CLIP score of teacher and student, from the files of their pictures."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
 from dmd_core.clip_score import ClipError, ClipScorer, clip_revision
-from pipelines.alignment import alignment, clip_folder, measure_alignment
+from pipelines import alignment as clip
+from pipelines.alignment import alignment, clip_folder
 from pipelines.config import EvaluateSection, PairsSection, StorageSection
 from pipelines.hub import HubError
 from pipelines.images import SamplerPool, image_folders, make_images
@@ -44,10 +47,15 @@ def sampled(networks, tmp_path_factory):
     return folder, files
 
 
+def _alignment(clip_dir: str, networks, folder, files, **how):
+    pool = SamplerPool(actors=0)
+    return alignment(clip_dir, networks, folder, files, unit=Unit(0.95), pool=pool, **how)
+
+
 def test_a_student_like_the_teacher_has_the_same_score(networks, sampled, clip_dir):
     folder, files = sampled
     same = {TEACHER: files[TEACHER], STUDENT: files[TEACHER]}
-    found = measure_alignment(clip_dir, networks, folder, same, Unit(0.95))
+    found = _alignment(clip_dir, networks, folder, same)
     assert found["clip_score"][STUDENT] == found["clip_score"][TEACHER]
     assert found["clip_score_difference"] == {"value": 0.0, "low": 0.0, "high": 0.0}
     assert found["clip_revision"] == clip_revision(clip_dir) and found["clip_model"] == "tiny"
@@ -56,13 +64,44 @@ def test_a_student_like_the_teacher_has_the_same_score(networks, sampled, clip_d
 def test_another_student_has_its_own(networks, sampled, clip_dir):
     folder, files = sampled
     other = {TEACHER: files[TEACHER], STUDENT: files[FEW]}
-    found = measure_alignment(clip_dir, networks, folder, other, Unit(0.95))
+    found = _alignment(clip_dir, networks, folder, other)
     images = [open_images(folder, path).first(len(PROMPTS)) for path in other.values()]
     teacher, student = (ClipScorer(clip_dir)(one.pictures, one.prompts) for one in images)
     assert found["clip_score"][TEACHER]["value"] == pytest.approx(teacher.mean())
     difference = found["clip_score_difference"]
     assert difference["value"] == pytest.approx(np.mean(student - teacher)) != 0
     assert difference["low"] < difference["value"] < difference["high"]
+
+
+def test_a_kill_loses_no_score_that_is_kept(networks, sampled, clip_dir, tmp_path, monkeypatch):
+    folder, files = open_store(str(tmp_path)), sampled[1]
+    for path in files.values():
+        shutil.copytree(sampled[0].path(path), folder.path(path))
+    other = {TEACHER: files[TEACHER], STUDENT: files[FEW]}
+    seen, whole = [], clip._clip
+
+    def scorer(*given):
+        network = whole(*given)
+
+        def scores(images):
+            seen.append(images.folder)
+            if seen == list(other.values()):
+                raise KeyboardInterrupt
+            return network(images)
+
+        return scores
+
+    monkeypatch.setattr(clip, "_clip", scorer)
+    with pytest.raises(KeyboardInterrupt):
+        _alignment(clip_dir, networks, folder, other)
+    told = []
+    found = _alignment(
+        clip_dir, networks, folder, other, on_progress=lambda *count: told.append(count)
+    )
+    assert seen == [files[TEACHER], files[FEW], files[FEW]]  # the teacher was seen once
+    assert told[-1] == (8, 8)
+    assert _alignment(clip_dir, networks, folder, other) == found and len(seen) == 3
+    assert found == _alignment(clip_dir, networks, sampled[0], other)
 
 
 def test_without_a_model_the_result_says_so(networks, sampled):

@@ -1,26 +1,27 @@
 """Inception features of stored pictures, and real pictures as the reference of both systems."""
 
 import hashlib
-import shutil
+import json
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from dmd_core import inception
-from dmd_core.inception import DIMENSION
-from dmd_core.metrics import frechet_distance, kid, regression_distance
-from pipelines import feature_parts
+from dmd_core.inception import DIMENSION, INCEPTION_SPACE
+from dmd_core.metrics import frechet_distance, kid
+from pipelines import feature_parts, inception_features
 from pipelines.cifar10 import CLASSES, Cifar10Error, load_split
 from pipelines.config import EvaluateSection, StorageSection
-from pipelines.evaluation import measure_system, reference_of
-from pipelines.feature_parts import inception_features
+from pipelines.distances import distances_to_teacher
+from pipelines.evaluation import check_evaluation
+from pipelines.feature_parts import inception_features as features_of
 from pipelines.images import SamplerPool
-from pipelines.inception_features import REAL, Judge, real_images
+from pipelines.inception_features import REAL, Judge, check_real, real_images
+from pipelines.measures import measure, measure_system, reference_of
 from pipelines.storage import open_store
-from pipelines.stored_images import open_images, write_part
+from pipelines.stored_images import StoredImages, open_images, write_part
 from pipelines.systems import STUDENT, TEACHER, TEACHER_AGAIN, Images, SamplingPlan
 from pipelines.unit import PICTURES, Unit
 from tests.pipelines import small_cifar10 as small
@@ -69,13 +70,6 @@ def test_row_i_of_the_real_pictures_has_the_class_of_prompt_i_and_none_is_taken_
     assert np.array_equal(found.pictures, train.pictures[list(found.seeds)])
 
 
-def test_more_real_pictures_of_a_class_than_there_are_and_unknown_classes_are_refused(data):
-    with pytest.raises(Cifar10Error, match="more real pictures of 'cat' than the 20 of"):
-        real_images(data, ("cat",) * 21)
-    with pytest.raises(Cifar10Error, match="'fox' is no class of the real pictures"):
-        real_images(data, ("cat", "fox"))
-
-
 def test_features_are_kept_beside_the_pictures_and_the_data_set(
     tmp_path, data, weights, monkeypatch
 ):
@@ -94,13 +88,7 @@ def test_features_are_kept_beside_the_pictures_and_the_data_set(
     kept = [str(p.relative_to(tmp_path)) for p in (tmp_path / "run").rglob("*.safetensors")]
     assert kept == ["run/abc/teacher.inception/00000000.safetensors"]
 
-    computed = []
-    whole = feature_parts._compute
-    monkeypatch.setattr(
-        feature_parts,
-        "_compute",
-        lambda *arguments: computed.append(len(arguments[1].prompts)) or whole(*arguments),
-    )
+    computed = _counted(monkeypatch)
     again = judge.features(store, folders, given, HERE)
     assert computed == [20]  # the student alone
     assert np.array_equal(again[REAL], found[REAL])
@@ -109,55 +97,8 @@ def test_features_are_kept_beside_the_pictures_and_the_data_set(
     assert computed == [20, 10, 10]  # other rows of the real pictures, other features
 
 
-def _kept_features(weights: str, images, pool: SamplerPool, folder: Path, **how) -> np.ndarray:
-    store = open_store(str(folder))
-    return inception_features(weights, images, pool, store=store, folder="teacher.inception", **how)
-
-
-def test_a_killed_computation_loses_the_part_it_was_at(tmp_path, weights, monkeypatch):
-    monkeypatch.setattr(feature_parts, "PART_ROWS", 8)
-    images, whole, asked = _images(CLASSES * 3, 5), feature_parts._compute, []
-
-    def compute(weights: str, images: Images, gpus: float) -> np.ndarray:
-        asked.append(len(images.prompts))
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        return whole(weights, images, gpus)
-
-    monkeypatch.setattr(feature_parts, "_compute", compute)
-    with pytest.raises(KeyboardInterrupt):
-        _kept_features(weights, images, HERE, tmp_path)
-    told = []
-    found = _kept_features(weights, images, HERE, tmp_path, on_rows=told.append)
-    assert asked == [8, 8, 8, 8, 6] and told == [16, 8, 6]
-    network = inception.Inception(_Pool())
-    assert np.allclose(found, network(images.pictures), atol=1e-5)
-
-    # A torn part and one of other rows are computed again, and they alone.
-    first, second, *_ = sorted(tmp_path.rglob("*.safetensors"))
-    first.write_bytes(first.read_bytes()[:1000])
-    shutil.copy(tmp_path / "teacher.inception" / "00000024.safetensors", second)
-    told.clear()
-    assert np.array_equal(
-        _kept_features(weights, images, HERE, tmp_path, on_rows=told.append), found
-    )
-    assert told == [14, 8, 8]
-
-
-def test_parts_of_stored_pictures_are_whole_files(tmp_path, weights, monkeypatch):
-    monkeypatch.setattr(feature_parts, "PART_ROWS", 8)
-    store, images = open_store(str(tmp_path)), _images(CLASSES * 2, 3)
-    for start in range(0, 20, 3):
-        write_part(store, "teacher", start, 20, images.rows(slice(start, start + 3)))
-    stored = open_images(store, "teacher")
-    found = _kept_features(weights, stored, HERE, tmp_path)
-    assert [int(p.stem) for p in sorted(tmp_path.rglob("*.safetensors"))] == [0, 9, 18]
-    assert np.array_equal(found, _kept_features(weights, stored, HERE, tmp_path))
-    assert np.allclose(found, inception.Inception(_Pool())(images.pictures), atol=1e-5)
-
-
 @pytest.mark.usefixtures("ray_cluster")
-def test_tasks_give_what_this_process_gives(weights, monkeypatch):
+def test_actors_give_what_this_process_gives(weights, monkeypatch):
     images = _images(CLASSES * 3, 5)
     images.pictures[10:17] = images.pictures[:7]  # equal ones are seen once
     expected = _features_of(weights, images, HERE)
@@ -174,7 +115,7 @@ def test_tasks_give_what_this_process_gives(weights, monkeypatch):
 
 
 def _features_of(weights: str, images: Images, pool: SamplerPool) -> np.ndarray:
-    return inception_features(weights, images, pool, store=open_store("/nowhere"), folder=None)
+    return features_of(weights, images, pool, store=open_store("/nowhere"), folder=None)
 
 
 def test_teacher_and_student_are_measured_against_the_real_pictures():
@@ -186,9 +127,10 @@ def test_teacher_and_student_are_measured_against_the_real_pictures():
         REAL: rng.normal(0, 1, (count, 40)),
     }
     images = {system: _images(prompts, 1) for system in (TEACHER, STUDENT)}
+    distances = distances_to_teacher(images)
 
     def measured(system: str, features: dict[str, np.ndarray], images=images) -> dict:
-        return measure_system(system, images, features, None, Unit(0.95, PICTURES))
+        return measure_system(system, images, features, distances, None, Unit(0.95, PICTURES))
 
     teacher, student = (measured(system, features) for system in (TEACHER, STUDENT))
     assert teacher["kid"] == asdict(kid(features[TEACHER], features[REAL]))
@@ -200,17 +142,6 @@ def test_teacher_and_student_are_measured_against_the_real_pictures():
     assert measured(STUDENT, few)["fid"] is None  # fewer than 4 a feature
     drawn = {STUDENT: features[STUDENT], TEACHER_AGAIN: features[REAL]}
     assert measured(STUDENT, drawn)["fid"] is None  # not to real pictures
-
-
-def test_pictures_in_files_of_other_sizes_are_compared_row_by_row(tmp_path):
-    store, teacher, student = open_store(str(tmp_path)), _images(CLASSES, 1), _images(CLASSES, 2)
-    for start in (0, 4, 8):
-        write_part(store, "teacher", start, 10, teacher.rows(slice(start, start + 4)))
-    images = {TEACHER: open_images(store, "teacher"), STUDENT: student}
-    features = {STUDENT: np.zeros((10, 2)), TEACHER_AGAIN: np.ones((10, 2))}
-    found = measure_system(STUDENT, images, features, None, Unit(0.95, PICTURES))["rmse"]
-    scaled = [entry.pictures.astype(np.float32) / 255 for entry in (student, teacher)]
-    assert found == pytest.approx(asdict(regression_distance(*scaled)))
 
 
 def test_the_nth_picture_of_a_prompt_has_a_noise_of_its_own_and_the_first_keeps_its_own():
@@ -231,3 +162,98 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_sampled(tmp_path,
     empty = EvaluateSection(features="inception", inception=weights, real=str(tmp_path))
     with pytest.raises(Cifar10Error, match="holds no complete CIFAR-10"):
         Judge.of(empty, StorageSection())
+
+
+def _counted(monkeypatch) -> list[int]:
+    """Pictures of each part that is computed from now on."""
+    computed, whole = [], feature_parts._inception
+
+    def make(weights: str, gpus: float):
+        network = whole(weights, gpus)
+        return lambda images: computed.append(len(images.prompts)) or network(images)
+
+    monkeypatch.setattr(feature_parts, "_inception", make)
+    return computed
+
+
+def test_real_features_are_kept_in_the_run_where_the_data_set_takes_no_files(
+    tmp_path, data, weights, monkeypatch
+):
+    section = EvaluateSection(features="inception", inception=weights, real=data.url)
+    judge = Judge.of(section, StorageSection())
+    assert judge is not None
+    run, given = open_store(str(tmp_path / "run")), {TEACHER: _images(CLASSES * 3, 1)}
+
+    def refuse(store):
+        raise PermissionError(f"cannot write to {store.url}")
+
+    monkeypatch.setattr(feature_parts, "check_writable", refuse)
+    found = judge.features(run, {TEACHER: "abc/teacher"}, given, HERE)
+    kept = [path.relative_to(tmp_path) for path in (tmp_path / "run" / "inception").rglob("*.*")]
+    assert len([path for path in kept if path.suffix == ".safetensors"]) == 1
+    computed = _counted(monkeypatch)
+    again = judge.features(run, {TEACHER: "abc/teacher"}, given, HERE)
+    assert computed == [] and np.array_equal(again[REAL], found[REAL])
+
+
+def test_where_inception_judges_no_other_features_are_read(tmp_path, weights, monkeypatch):
+    store, images = open_store(str(tmp_path)), _images(CLASSES, 1)
+    write_part(store, "teacher", 0, 10, images)
+    columns, whole = [], StoredImages._read
+
+    def read(self, start, names):
+        columns.extend(names)
+        return whole(self, start, names)
+
+    monkeypatch.setattr(StoredImages, "_read", read)
+    judge = Judge(weights, "", StorageSection())
+    stored = {TEACHER: open_images(store, "teacher")}
+    found = judge.features(store, {TEACHER: "teacher"}, stored, HERE)
+    assert columns == ["pictures"] and len(found[TEACHER]) == 10
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        (("cat", "3") * 11, "ask for 22 real pictures of 'cat', and .* has 20"),
+        (("truck",) * 21, "ask for 21 real pictures of 'truck', and .* has 20"),
+        (("cat", "fox"), "'fox' is no class of the real pictures"),
+    ],
+)
+def test_real_pictures_that_are_not_there_are_told_before_sampling(
+    data, weights, tiny_teacher_dir, monkeypatch, prompts, expected
+):
+    """From the counts alone: no picture is read."""
+    monkeypatch.setattr(
+        inception_features.cifar10, "load_split", lambda *given: pytest.fail("read")
+    )
+    with pytest.raises(Cifar10Error, match=expected):
+        check_real(data, prompts)
+    check_real(data, ("cat", "3") * 10)
+
+    section = EvaluateSection(
+        features="inception", inception=weights, real=data.url, samples_per_prompt=21
+    )
+    with pytest.raises(Cifar10Error, match="ask for 21 real pictures of 'airplane'"):
+        check_evaluation(section, CLASSES, tiny_teacher_dir, StorageSection())
+    enough = section.model_copy(update={"samples_per_prompt": 20})
+    check_evaluation(enough, CLASSES, tiny_teacher_dir, StorageSection())
+
+
+def test_why_there_is_no_fid_is_said_where_it_was_asked_for():
+    def measured(space: str, real: bool, count: int) -> dict:
+        prompts, rng = CLASSES * (count // 10), np.random.default_rng(0)
+        systems = (TEACHER, STUDENT, TEACHER_AGAIN)
+        features = {s: rng.normal(size=(count, 40)) for s in (*systems, *([REAL] if real else []))}
+        images = {system: _images(prompts, 1) for system in systems}
+        unit, distances = Unit(0.95, PICTURES), {STUDENT: np.zeros(count)}
+        found = measure(images, features, distances, None, unit, space)["systems"]
+        return json.loads(json.dumps(found))
+
+    few = measured(INCEPTION_SPACE, True, 150)[STUDENT]
+    assert few["fid"] is None and few["fid_reason"].startswith("150 samples; expected at least 160")
+    for entry in measured(INCEPTION_SPACE, False, 160).values():
+        assert entry["fid"] is None and "evaluate.real names none" in entry["fid_reason"]
+    for entry in measured(INCEPTION_SPACE, True, 160).values():
+        assert entry["fid"]["samples"] == 160 and "fid_reason" not in entry
+    assert "fid_reason" not in measured("VAE latent mean", False, 160)[STUDENT]
