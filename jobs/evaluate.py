@@ -26,7 +26,14 @@ from pipelines.costs import (
     measured_pairs,
     pair_rate,
 )
-from pipelines.evaluation import METRICS, evaluate, held_out
+from pipelines.evaluation import (
+    METRICS,
+    TIMED_WHERE,
+    evaluate,
+    held_out,
+    time_again,
+    timing_inputs,
+)
 from pipelines.images import NUMERICS_VERSION
 from pipelines.pairs import fingerprint_of
 from pipelines.systems import (
@@ -36,41 +43,66 @@ from pipelines.systems import (
 )
 
 # Where pictures are made, which does not change them.
-_WHERE = {"actors", "cpus_per_actor", "gpus_per_actor", "placement"}
+_WHERE = {"actors", *TIMED_WHERE}
 _OF_STUDENT = ("step", "pairs_digest", "teacher_revision", "student_revision")
 _MEAN_ROWS = 2048  # rows of the pair set that the mean picture is taken over
 
 
 def run(session: Session) -> dict[str, Any]:
-    """Sample every system, measure, write `metrics.json`."""
-    recipe = session.recipe
+    """Sample every system, measure, write `metrics.json`. Where only the place of the timing is
+    another one, measure that alone."""
     exported = session.read_json(EXPORTED)
     if exported is None:
         raise JobError(f"{session.store.url} has no student; run `dmd export` first")
     session.check_settings()
     prompts = held_out_prompts(session)
-    inputs = _inputs(session, exported, prompts)
-    metrics = session.read_json(METRICS)
-    if metrics is not None and metrics["provenance"].get("inputs") == inputs:
+    inputs, kept = _inputs(session, exported, prompts), session.read_json(METRICS)
+    if kept is not None and kept["provenance"].get("inputs") != inputs:
+        kept = None
+    if kept is not None and kept["timing"].get("inputs") == _timing_inputs(session):
         session.display.done("evaluate: nothing to do, metrics.json is up to date")
-        return metrics
+        return kept
     check_measurable(session, prompts)
     check_teacher_revision(
         session, teacher_revision(session.teacher_dir), exported["teacher_revision"]
     )
     student = check_student(session, exported)
-    networks = Networks(
+    networks = _networks(session, student, None if kept else _mean_latents(session))
+    session.start_ray()
+    check_room(session, evaluate_demand(session.recipe), spare_cpus=DATA_CPUS)
+    if kept is not None:
+        session.display.say(
+            "evaluate: only the timing is due: its resources changed, or are not known"
+        )
+        metrics = _time_again(session, networks, prompts, kept)
+    else:
+        metrics = _evaluate(session, networks, prompts, exported, inputs)
+    session.display.done(f"evaluate: {session.store.url}/{METRICS}")
+    return metrics
+
+
+def _networks(session: Session, student: str, mean: np.ndarray | None) -> Networks:
+    recipe = session.recipe
+    return Networks(
         teacher=session.teacher_url,
         student=student,
         storage=recipe.storage,
-        mean=_mean_latents(session),
+        mean=mean,
         gpus=recipe.evaluate.gpus_per_actor,
         threads=recipe.pairs.threads_per_actor,
     )
-    session.start_ray()
-    check_room(session, evaluate_demand(recipe), spare_cpus=DATA_CPUS)
+
+
+def _evaluate(
+    session: Session,
+    networks: Networks,
+    prompts: Sequence[str],
+    exported: dict[str, Any],
+    inputs: dict[str, Any],
+) -> dict[str, Any]:
+    recipe = session.recipe
     with session.watch("evaluate", 1, "pictures") as board:
-        metrics = evaluate(
+        return evaluate(
             recipe.evaluate,
             recipe.pairs,
             run=session.store,
@@ -81,8 +113,26 @@ def run(session: Session) -> dict[str, Any]:
             provenance={"inputs": inputs, "versions": session.read_json("versions.json")},
             on_progress=lambda done, total: board.set.remote(done=done, total=total),
         )
-    session.display.done(f"evaluate: {session.store.url}/{METRICS}")
-    return metrics
+
+
+def _time_again(
+    session: Session, networks: Networks, prompts: Sequence[str], metrics: dict[str, Any]
+) -> dict[str, Any]:
+    recipe = session.recipe
+    return time_again(
+        recipe.evaluate,
+        recipe.pairs,
+        run=session.store,
+        networks=networks,
+        prompts=prompts,
+        student_timesteps=recipe.train.student_timesteps,
+        metrics=metrics,
+    )
+
+
+def _timing_inputs(session: Session) -> dict[str, Any]:
+    recipe = session.recipe
+    return timing_inputs(recipe.evaluate, recipe.pairs.threads_per_actor)
 
 
 def _inputs(session: Session, exported: dict[str, Any], prompts: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from jobs.config import resolve_shipped
 from jobs.errors import Exit, JobError
 from jobs.session import Session
 from pipelines.beside_task import measurable
-from pipelines.evaluation import check_evaluation
+from pipelines.evaluation import check_evaluation, check_judge, held_out
 from pipelines.prompts import read_prompts
 
 
@@ -28,4 +28,6 @@ def check_beside(session: Session) -> tuple[str, ...]:
     why_not = measurable(section, recipe.evaluate, session.teacher_dir, prompts)
     if why_not:
         raise JobError(why_not, Exit.USAGE)
+    chosen = held_out(prompts, section.max_prompts) * recipe.evaluate.samples_per_prompt
+    check_judge(recipe.evaluate, chosen, recipe.storage)
     return prompts

@@ -19,7 +19,7 @@ from jobs.session import Session
 from pipelines.beside_results import BEST
 from pipelines.chain import changes_between, in_words
 from pipelines.evaluation import FOLDER as EVALUATION
-from pipelines.evaluation import METRICS
+from pipelines.evaluation import METRICS, TIMED_WHERE
 from pipelines.manifest import latest_manifest
 from pipelines.prompt_files import hash_file, list_files
 from pipelines.prompts import PromptSource
@@ -33,7 +33,8 @@ _PAIRS_WORK = ("actors", "attempts", "lease_seconds", "cpus_per_actor", "gpus_pe
 _PAIRS_WORK += ("threads_per_actor", "compile", "placement")
 _TRAIN_WORK = ("num_workers", "use_gpu", "cpus_per_worker", "threads_per_worker", "max_failures")
 _TRAIN_WORK += ("micro_batch_size", "parallel", "report_to", "checkpoints_total_limit", "placement")
-_EVALUATE_WORK = ("actors", "cpus_per_actor", "gpus_per_actor", "placement")
+# Where the timing of an evaluation is measured.
+_TIMING = ("pairs.threads_per_actor", *(f"evaluate.{name}" for name in TIMED_WHERE))
 
 
 class Regenerate(Step):
@@ -149,14 +150,23 @@ class Evaluate(Step):
     marker = METRICS
 
     def inputs(self, chain: Chain) -> dict[str, Any]:
-        section, storage = chain.session.recipe.evaluate, chain.session.recipe.storage
-        exported = chain.kept(export.EXPORTED)
-        return _without(given_settings(section), ("prompts", *_EVALUATE_WORK), "evaluate") | {
+        recipe, exported = chain.session.recipe, chain.kept(export.EXPORTED)
+        section, storage = recipe.evaluate, recipe.storage
+        return _without(given_settings(section), ("prompts", "actors"), "evaluate") | {
             "prompts": _prompts_digest(PromptSource((resolve_shipped(section.prompts),)), storage),
             "student": exported["student_revision"],
             "teacher": exported["teacher_revision"],
             "pairs_digest": exported["pairs_digest"],
+            "pairs.threads_per_actor": recipe.pairs.threads_per_actor,
         }
+
+    def drop(self, chain: Chain) -> None:
+        """Where the timing alone is due, the verb goes on with the rest."""
+        record = self.record(chain)
+        changes = {} if record is None else changes_between(record.inputs, self.inputs(chain))
+        timing_alone = bool(changes) and all(name.startswith(_TIMING) for name in changes)
+        if record is None or not timing_alone or record.output != self.output(chain):
+            super().drop(chain)
 
     def output(self, chain: Chain) -> dict[str, Any] | None:
         metrics, store = chain.run.read_json(METRICS), chain.run.store
@@ -169,7 +179,7 @@ class Evaluate(Step):
 
     def redo(self, chain: Chain) -> None:
         """The pictures, too, which stay otherwise: each is named for all that it follows from."""
-        super().redo(chain)
+        super().drop(chain)
         store = chain.run.store
         if store.fs.exists(store.path(EVALUATION)):
             store.fs.rm(store.path(EVALUATION), recursive=True)
