@@ -211,7 +211,8 @@ class DmdNetworks:
         if placement == "replicated":
             model.to(self.world.device)
         else:
-            shard(model, self.world, offload=placement == "offload")
+            compute = self.settings.precision.compute
+            shard(model, self.world, offload=placement == "offload", compute=compute)
 
     @property
     def _lora_seed(self) -> int:

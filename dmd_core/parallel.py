@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -55,14 +55,27 @@ def on_meta(network: nn.Module) -> nn.Module:
         return type(model).from_config(model.config)
 
 
-def shard(network: nn.Module, world: World, *, offload: bool = False) -> None:
+def shard(
+    network: nn.Module,
+    world: World,
+    *,
+    offload: bool = False,
+    compute: torch.dtype = torch.float32,
+) -> None:
     """Shard in place, block by block, so that one block at a time is whole in memory; the
-    network's own parameters outside its blocks make one more group."""
+    network's own parameters outside its blocks make one more group.
+
+    `compute` bfloat16, for a network that is not trained and that runs under autocast alone: half
+    the bytes are sent, and the shards stay float32.
+    """
     # Shards are cut along the first dimension.
     cast(Any, network).to(memory_format=torch.contiguous_format)
     # Also the root's own: after a pass without gradients its weights must be shards again, for the
     # moving average and checkpoints read them.
     policy: dict[str, Any] = {"mesh": _mesh(world), "reshard_after_forward": True}
+    if compute == torch.bfloat16:
+        # Its inputs are left as they are: rounded to bfloat16, time 999 would be 1000.
+        policy["mp_policy"] = MixedPrecisionPolicy(param_dtype=compute, cast_forward_inputs=False)
     if offload:
         policy["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     for block in _blocks(network):
