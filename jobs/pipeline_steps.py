@@ -8,6 +8,7 @@ file under its marker hears of it from the step that reads it.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from dmd_core.checkpoint import committed_steps, read_state
@@ -17,10 +18,12 @@ from jobs.pipeline_base import Chain, Step
 from jobs.pipeline_trainings import another_attempt, begin, given_settings, newest_begun
 from jobs.session import Session
 from pipelines.beside_results import BEST
-from pipelines.chain import changes_between, in_words
+from pipelines.chain import StepRecord, changes_between, in_words
 from pipelines.evaluation import FOLDER as EVALUATION
 from pipelines.evaluation import METRICS, TIMED_WHERE
+from pipelines.images import NUMERICS_VERSION as PICTURES_NUMERICS
 from pipelines.manifest import latest_manifest
+from pipelines.pairs import numerics_version
 from pipelines.prompt_files import hash_file, list_files
 from pipelines.prompts import PromptSource
 from pipelines.run_folder import CHECKPOINTS
@@ -57,6 +60,7 @@ class Regenerate(Step):
             "teacher": chain.teacher_revision,
             "prompts": _prompts_digest(source, storage),
             "pairs": chain.session.pairs_root.url,
+            "numerics": numerics_version(section.compute_dtype),
         }
 
     def is_done(self, chain: Chain) -> bool:
@@ -154,11 +158,20 @@ class Evaluate(Step):
         section, storage = recipe.evaluate, recipe.storage
         return _without(given_settings(section), ("prompts", "actors"), "evaluate") | {
             "prompts": _prompts_digest(PromptSource((resolve_shipped(section.prompts),)), storage),
+            "numerics": PICTURES_NUMERICS,
             "student": exported["student_revision"],
             "teacher": exported["teacher_revision"],
             "pairs_digest": exported["pairs_digest"],
             "pairs.threads_per_actor": recipe.pairs.threads_per_actor,
         }
+
+    def record(self, chain: Chain) -> StepRecord | None:
+        """One that an earlier release left does not name the numerics; what it measured does."""
+        record = super().record(chain)
+        if record is None or "numerics" in record.inputs:
+            return record
+        made = (chain.run.read_json(METRICS) or {}).get("provenance", {}).get("inputs") or {}
+        return replace(record, inputs={**record.inputs, "numerics": made.get("numerics")})
 
     def drop(self, chain: Chain) -> None:
         """Where the timing alone is due, the verb goes on with the rest."""

@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from jobs import pipeline_steps
 from jobs.cli import main
 from jobs.errors import Exit, JobError
 from jobs.pipeline_steps import NAMES
+from pipelines.chain import read_record, write_record
 from pipelines.lease import hold_lease
 from pipelines.storage import open_store
 from tests.jobs.fake_pipeline import HELD_OUT
@@ -160,6 +163,37 @@ def test_a_run_that_went_on_under_the_same_metrics_gets_another_report(pipeline,
     assert pipeline()[2] == []
 
 
+@pytest.mark.parametrize(
+    ("name", "other", "expected"),
+    [
+        ("numerics_version", lambda compute_dtype: 99, "regenerate"),
+        ("PICTURES_NUMERICS", 99, "evaluate"),
+    ],
+)
+def test_other_numerics_are_other_work(pipeline, monkeypatch, name, other, expected):
+    pipeline()
+    monkeypatch.setattr(pipeline_steps, name, other)
+    code, said, ran = pipeline()
+    assert code == Exit.OK and ran == [expected] and "numerics" in said
+    assert pipeline()[2] == []
+
+
+@pytest.mark.parametrize("then", [pipeline_steps.PICTURES_NUMERICS, 1, None])
+def test_a_record_of_an_earlier_release_has_the_numerics_of_its_metrics(pipeline, then):
+    pipeline()
+    latest = pipeline.latest()
+    metrics = json.loads((latest / "metrics.json").read_text())
+    metrics |= {"provenance": {"inputs": {"numerics": then}}}
+    (latest / "metrics.json").write_text(json.dumps(metrics))
+    store = open_store(str(latest))
+    record = read_record(store, "evaluate")
+    inputs = {name: value for name, value in record.inputs.items() if name != "numerics"}
+    output = {"metrics": pipeline_steps._digest(metrics)}
+    write_record(store, replace(record, inputs=inputs, output=output))
+    _, _, ran = pipeline()
+    assert ("evaluate" in ran) == (then != pipeline_steps.PICTURES_NUMERICS)
+
+
 def test_output_that_somebody_changed_is_made_again(pipeline):
     pipeline()
     report, metrics = (pipeline.latest() / name for name in ("report.html", "metrics.json"))
@@ -243,6 +277,15 @@ def test_a_redo_that_was_killed_goes_on_with_the_same_command(pipeline, step):
     code, said, ran = pipeline("--from", "train")
     assert code == Exit.OK and ran == ALL[ALL.index(step) :] and "going on" in said
     assert pipeline.trainings() == [name, f"{name}-2"]
+
+
+def test_a_redo_that_single_steps_have_finished_is_over(pipeline):
+    pipeline()
+    pipeline.verbs.fail["evaluate"] = JobError("stopped", Exit.TRANSIENT)
+    assert pipeline("--from", "evaluate")[0] == Exit.TRANSIENT
+    for step in ("evaluate", "report"):
+        assert pipeline("--only", step)[2] == [step]
+    assert pipeline("--from", "evaluate")[2] == ["evaluate", "report"]
 
 
 def test_only_one_step(pipeline):
