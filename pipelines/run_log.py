@@ -19,7 +19,7 @@ from pipelines.storage import Store
 from pipelines.trackers import Tracker, TrackerName, open_trackers
 from pipelines.workers import Group
 
-_FLUSH_S = 10.0
+_FLUSH_S, _LONGEST_S = 10.0, 300.0
 # Times as long as a flush took: training waits for it, and it takes longer as the run grows.
 _PAUSE = 100
 _logger = logging.getLogger(__name__)
@@ -87,7 +87,8 @@ class RunLog:
         if self._writes and self._fence.holds():
             _write(self._log.flush, "metrics", surely)
         ended = time.monotonic()
-        self._due = ended + max(_FLUSH_S, _PAUSE * (ended - started))
+        # One that waited for a store says nothing of the next.
+        self._due = ended + min(max(_FLUSH_S, _PAUSE * (ended - started)), _LONGEST_S)
 
     def rewind(self, step: int) -> None:
         """Forget what came after `step`."""
