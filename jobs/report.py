@@ -43,7 +43,7 @@ def run(session: Session) -> dict[str, Any]:
 
 def _check_figures(session: Session) -> None:
     """Refuse figures of another student than the one that lies there: the page shows both."""
-    exported, metrics = session.read_json(EXPORTED) or {}, session.read_json(METRICS)
+    exported, metrics = (session.read_json(name) or {} for name in (EXPORTED, METRICS))
     provenance = metrics.get("provenance", {})
     measured = provenance.get("inputs", {}) | provenance
     pairs = [(measured.get(key), exported.get(key)) for key in ("step", "student_revision")]
