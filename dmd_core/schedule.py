@@ -118,8 +118,9 @@ class Schedule:
     def _on(self, device: torch.device) -> _Tables:
         """Where the times are: there, looking one up waits for no copy from or to the device."""
         if device not in self._tables:
-            tables = (self.alphas, self.sigmas, self.network_times)
-            self._tables[device] = _Tables(*(x if x is None else x.to(device) for x in tables))
+            own = self.network_times
+            times = None if own is None else own.to(device)
+            self._tables[device] = _Tables(self.alphas.to(device), self.sigmas.to(device), times)
         return self._tables[device]
 
     def coefficients(
