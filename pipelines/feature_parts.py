@@ -127,7 +127,8 @@ def _read_all(store: Store, folder: str, sizes: Mapping[int, int], row: tuple[in
 def _read(store: Store, path: str, shape: tuple[int, ...]) -> np.ndarray | None:
     """Kept features; None: there are none, or not those of so many pictures."""
     try:
-        found = load(store.fs.cat_file(path))["features"]
+        raw: Any = store.fs.cat_file(path)
+        found = load(raw)["features"]
     except (FileNotFoundError, SafetensorError, KeyError):
         return None
     return found if found.shape == shape else None
