@@ -61,7 +61,9 @@ class _Loop(_DmdRun):
         ))  # fmt: skip
         self.inputs = SimpleNamespace(distance=lambda keys: None)
         self.trainer = SimpleNamespace(
-            enter_stage=lambda settings: None, step=lambda data, factor: Tally()
+            enter_stage=lambda settings: None,
+            step=lambda data, factor: Tally(),
+            nonfinite_updates=0,
         )
         self.lr_factor = lambda step: 1.0
         self.data = SimpleNamespace(draw=lambda *given: None)

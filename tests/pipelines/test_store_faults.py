@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,13 +49,18 @@ class InOneThread:
 
     map = staticmethod(map)
 
+    def submit(self, work: Callable, item: object) -> Future:
+        done: Future = Future()
+        done.set_result(work(item))
+        return done
+
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch):
     """A killed holder is this very process: say that it is gone. No threads, no slow disk."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(lease_module, "is_gone", lambda process: True)
-    for module in ("collect", "ledger", "manifest", "seal"):
+    for module in ("bounded", "collect", "ledger", "manifest"):
         monkeypatch.setattr(f"pipelines.{module}.ThreadPoolExecutor", InOneThread)
 
 
