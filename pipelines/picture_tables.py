@@ -115,7 +115,8 @@ def _refuse_large(metadata: pq.FileMetaData, column: str, path: str) -> None:
             f"be read for a few of them; expected at most {_LARGEST_ROW_GROUP >> 20} MiB. To write "
             "it anew, with pyarrow.parquet as pq and pyarrow.dataset as ds: "
             f'file = pq.ParquetFile("{name}.parquet"); ds.write_dataset(file.iter_batches(100), '
-            f'"smaller/{name}", schema=file.schema_arrow, format="parquet", max_rows_per_group=100)'
+            f'"smaller/{name}", schema=file.schema_arrow, format="parquet", '
+            "max_rows_per_group=100, use_threads=False)"  # or rows change places
         )
 
 
