@@ -113,10 +113,11 @@ def _refuse_large(metadata: pq.FileMetaData, column: str, path: str) -> None:
         raise PictureError(
             f"{path} has a row group with {max(sizes) >> 20} MiB of pictures, all of which would "
             f"be read for a few of them; expected at most {_LARGEST_ROW_GROUP >> 20} MiB. To write "
-            "it anew, with pyarrow.parquet as pq and pyarrow.dataset as ds: "
-            f'file = pq.ParquetFile("{name}.parquet"); ds.write_dataset(file.iter_batches(100), '
-            f'"smaller/{name}", schema=file.schema_arrow, format="parquet", '
-            "max_rows_per_group=100, use_threads=False)"  # or rows change places
+            "it anew, with pyarrow.parquet as pq: "
+            f'file = pq.ParquetFile("{name}.parquet"); '
+            f'new = pq.ParquetWriter("{name}.parquet.new", file.schema_arrow); '
+            "[new.write_batch(rows) for rows in file.iter_batches(100)]; new.close(); "
+            f"then move {name}.parquet.new to {name}.parquet"
         )
 
 
