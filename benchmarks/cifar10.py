@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 import ray
 
-from dmd_core.inception import DIMENSION, INCEPTION_SPACE, weights_file
-from dmd_core.metrics import frechet_distance, kid
+from dmd_core.inception import INCEPTION_SPACE, weights_file
+from dmd_core.metrics import enough_for_frechet, frechet_distance, kid
 from pipelines import cifar10
 from pipelines.evaluation import METRICS
-from pipelines.feature_parts import inception_features
+from pipelines.feature_parts import counted, inception_features
 from pipelines.images import SamplerPool
+from pipelines.measures import KID_ROWS
 from pipelines.storage import Store, open_store
 from pipelines.systems import Images
 
@@ -75,14 +76,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     with ray.init(address="local", include_dashboard=False, log_to_driver=False):
         train, test = (_features(options, weights, store, split) for split in ("train", "test"))
-    least = min(len(train), len(test))
-    rows = slice(min(least, 5000))
+    rows = slice(min(len(train), len(test), KID_ROWS))
+    enough = enough_for_frechet(train) and enough_for_frechet(test)
     return {
         "features": INCEPTION_SPACE,
         "train": len(train),
         "test": len(test),
         "kid": vars(kid(train[rows], test[rows])),
-        "fid": frechet_distance(train, test) if least >= 4 * DIMENSION else None,
+        "fid": frechet_distance(train, test) if enough else None,
         "seconds": round(time.monotonic() - started),
         "device": "cuda" if options.gpus else "cpu",
     }
@@ -95,10 +96,8 @@ def _features(options: argparse.Namespace, weights: str, store: Store, split: st
     prompts = tuple(cifar10.CLASSES[label] for label in data.labels)
     pictures = Images(prompts, tuple(range(count)), nothing, data.pictures, nothing)
 
-    def show(rows: int) -> None:
-        nonlocal count
-        count -= rows
-        print(f"{split}: {count} pictures to go", file=sys.stderr, flush=True)
+    def show(done: int, total: int) -> None:
+        print(f"{split}: {done} of {total} pictures", file=sys.stderr, flush=True)
 
     return inception_features(
         weights,
@@ -106,7 +105,7 @@ def _features(options: argparse.Namespace, weights: str, store: Store, split: st
         SamplerPool(options.actors, cpus=1, gpus=options.gpus / max(1, options.actors)),
         store=store,
         folder=f"inception/{split}-{cifar10.dataset_digest(store)[:16]}.inception",
-        on_rows=show,
+        on_rows=counted(count, show),
     )
 
 

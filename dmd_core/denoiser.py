@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from dmd_core.condition import Condition
+from dmd_core.precision import autocast
 from dmd_core.schedule import Schedule
 
 # (network input, network time, cond) → raw network output, all (B,…)
@@ -46,11 +47,7 @@ class NetworkDenoiser:
 
     def raw(self, x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
         """The network's own output at index t, in the dtype it is computed in."""
-        with torch.autocast(
-            x_t.device.type,
-            dtype=torch.bfloat16,
-            enabled=self.compute_dtype == torch.bfloat16,
-        ):
+        with autocast(x_t.device, self.compute_dtype):
             return self.network(
                 self.schedule.network_input(x_t, t), self.schedule.network_time(t), cond
             )

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dmd_core.checkpoint import Checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from dmd_core.noise import stable_seed
+from dmd_core.precision import PrecisionPolicy, autocast
 from pipelines.config import TeacherTrainSection
 from pipelines.metrics_log import MetricsLog
 from pipelines.progress import Throttle
@@ -77,12 +78,8 @@ class TeacherLoop(ABC):
         # step at 16 to 24.
         on_cpu = self.device.type == "cpu"
         attention = sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
-        autocast = torch.autocast(
-            self.device.type,
-            dtype=torch.bfloat16,
-            enabled=self.section.mixed_precision == "bf16",
-        )
-        with attention, autocast:
+        compute = PrecisionPolicy.named(self.section.mixed_precision).compute
+        with attention, autocast(self.device, compute):
             loss = loss_fn()
         if not math.isfinite(float(loss)):
             raise FloatingPointError(f"{label} loss is {float(loss)} at step {self.step}")
