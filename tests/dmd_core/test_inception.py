@@ -75,11 +75,13 @@ class _Corner(torch.nn.Module):
 
 
 def test_pictures_keep_their_order_whatever_the_batch():
-    pictures = _pictures(7)
     network = Inception(_Corner())
-    found = network(pictures, batch_size=3)
-    assert found.shape == (7, DIMENSION) and found.dtype == np.float32
-    assert np.array_equal(found, network(pictures))
+    count = 2 * network.batch_size + 3
+    pictures = _pictures(count)
+    found = network(pictures)
+    assert found.shape == (count, DIMENSION) and found.dtype == np.float32
+    alone = np.concatenate([network(picture[None]) for picture in pictures])
+    assert np.array_equal(found, alone)
     pixels = torch.tensor(pictures).permute(0, 3, 1, 2).float()
     assert np.array_equal(found, _Corner()(network_input(pixels)).numpy())
     assert network(pictures[:0]).shape == (0, DIMENSION)
