@@ -22,6 +22,7 @@ from dmd_core.condition import Condition
 from dmd_core.denoiser import NetworkDenoiser
 from dmd_core.diffusers_networks import DiffusersNetwork
 from dmd_core.networks import DmdNetworks, World
+from dmd_core.precision import PrecisionPolicy
 from dmd_core.schedule import Schedule
 from dmd_core.teacher import Teacher, load_teacher
 from dmd_core.trainer import DmdTrainer
@@ -101,7 +102,8 @@ class _Pictures:
 
 
 def _sd_teacher(case: Case) -> Teacher:
-    return load_teacher(case.folder, device=case.device)
+    compute = PrecisionPolicy.named(case.precision).compute
+    return load_teacher(case.folder, device=case.device, compute_dtype=compute, copied=True)
 
 
 def _edm_teacher(case: Case) -> Teacher:

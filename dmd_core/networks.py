@@ -20,7 +20,7 @@ from dmd_core.fake_score import DiscriminatorHead, FakeScore, FakeScoreNetwork
 from dmd_core.lora import LoraSettings, adapter_start, add_lora
 from dmd_core.noise import stable_seed
 from dmd_core.parallel import Parallel, World, fill, on_meta, replicate, shard
-from dmd_core.precision import PrecisionPolicy
+from dmd_core.precision import PrecisionPolicy, hold
 from dmd_core.student import Student
 from dmd_core.teacher import Teacher
 
@@ -208,10 +208,11 @@ class DmdNetworks:
 
     def _place_teacher(self) -> None:
         placement, model = self.settings.parallel.teacher, self.teacher.model
+        compute = self.settings.precision.compute
+        hold(model, compute)  # its copies, which are trained, are made
         if placement == "replicated":
             model.to(self.world.device)
         else:
-            compute = self.settings.precision.compute
             shard(model, self.world, offload=placement == "offload", compute=compute)
 
     @property

@@ -7,6 +7,7 @@ gradient is wide.
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 # What stays in higher precision whatever the networks compute in, and where.
 ISLANDS = {
@@ -30,10 +31,27 @@ def autocast(device: torch.device, compute: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed)
 
 
+# Layers whose weights autocast casts. Those of norms and tables of embeddings it leaves alone.
+_CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def hold(network: nn.Module, compute: torch.dtype) -> None:
+    """Keep the weights of linear layers and convolutions in `compute`, for a network that is not
+    trained and runs under `autocast` to it alone. Autocast would cast them anew at every use: the
+    numbers are the same to the last bit, in half the memory. Not the very first weight, whose dtype
+    models of diffusers and transformers take for that of what they compute outside of layers."""
+    first = next(network.parameters(), None)
+    for module in network.modules():
+        if isinstance(module, _CAST):
+            for weight in module.parameters(recurse=False):
+                if weight is not first:
+                    weight.data = weight.data.to(compute)
+
+
 @dataclass(frozen=True)
 class PrecisionPolicy:
     """`compute`: dtype of matrix products and convolutions inside the networks and text encoders
-    (autocast)."""
+    (autocast), and of the weights that only these see and nothing trains."""
 
     compute: torch.dtype = torch.float32
 

@@ -34,6 +34,7 @@ from dmd_core.families import (
 )
 from dmd_core.latents import Geometry, decode_samples, encode_pictures
 from dmd_core.ode import integrate, make_scheduler, step_grid
+from dmd_core.precision import hold
 from dmd_core.prompt_encoding import PromptEncoder
 from dmd_core.schedule import Schedule
 from dmd_core.teacher_files import INDEX, PartFiles, TeacherError
@@ -46,7 +47,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Teacher:
-    """A loaded teacher on `device`, in float32. `revision` is the sha256 of its files.
+    """A loaded teacher on `device`, in float32 unless loaded for bfloat16 alone. `revision`: the
+    sha256 of its files.
 
     `size`: height and width in pixels that training runs at; SDXL's condition and FLUX's noise
     schedule depend on them.
@@ -169,20 +171,25 @@ def load_teacher(
     network_device: str | torch.device = "",
     size: tuple[int | None, int | None] = (None, None),
     compute_dtype: torch.dtype = torch.float32,
+    copied: bool = False,
 ) -> Teacher:
     """Load a local pipeline folder; raises `TeacherError` that names what is missing.
 
     `network_device`: where the denoising network lies, if not on `device` (one that is to be
     sharded). `size`: height and width in pixels of the pictures it is used for; None: its own.
-    `compute_dtype`: of `encode_prompts` and `encode_negatives`.
+    `compute_dtype`: what its text encoders and its network are used in. Bfloat16 keeps their
+    matrices in it, so that nothing else can be done with them; but not those of a network that is
+    `copied` first, to be trained.
     """
     check_teacher(path)
     family = family_of(path)
     pipeline = _load_pipeline(path, family)
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
-            part.to(network_device or device if name == family.model else device)
             part.eval().requires_grad_(False)
+            if name.startswith("text_encoder") or (name == family.model and not copied):
+                hold(part, compute_dtype)  # before it needs a place on the device
+            part.to(network_device or device if name == family.model else device)
     if torch.device(device).type == "cuda" and family.model == "unet":  # on a CPU it gains nothing
         pipeline.unet.to(memory_format=torch.channels_last)
     vae = None if family.on_pixels else pipeline.vae.config

@@ -16,7 +16,7 @@ from typing import Any
 from dmd_core.pass_memory import PassMemory
 from pipelines.config import PairsSection
 from pipelines.memory_estimates import GIB, drawn_bytes, encoding_bytes, regression_bytes
-from pipelines.network_sizes import FLOAT, NetworkSizes
+from pipelines.network_sizes import BF16, FLOAT, NetworkSizes
 from pipelines.stage_settings import StageKeys
 from pipelines.train_config import TrainSection
 
@@ -24,7 +24,7 @@ from pipelines.train_config import TrainSection
 GPUS: dict[str, float] = {"24 GB": 22.0, "40 GB": 39.0, "80 GB": 79.0, "141 GB": 139.0}
 _CONTEXT = GIB  # CUDA, its kernels, libraries
 _WASTE = 0.05  # of what passes hold
-_ADAM, _BF16 = 8, 2  # bytes per parameter
+_ADAM = 8  # bytes per parameter
 
 # (mixed precision?, gradient checkpointing?) → what a pass holds; None: not known
 Passes = Callable[[bool, bool], PassMemory | None]
@@ -75,13 +75,14 @@ def training_memory(
     """Of one worker of the smallest group that the recipe allows. `distilled`: guidance is an input
     of the teacher's network, not a second pass."""
     workers, parallel = _workers(section), section.parallel
+    bf16 = section.mixed_precision == "bf16"
     trained = sizes.adapters if section.trainable == "lora" else sizes.denoiser
     student = _sharing(parallel.generator, workers)
     fake = _sharing(parallel.fake, workers)
     shares = [(keys, _own(section, keys)) for _, keys in section.plan()]
     parts = {
         "teacher": _teacher(sizes, section, workers),
-        "text encoders, VAE": FLOAT * sizes.others,
+        "text encoders, VAE": sizes.frozen_others(bf16=bf16),
         "student": FLOAT * sizes.denoiser / student + _gathered(sizes, student),
         "student's AdamW": _ADAM * trained / student,
         "fake score": FLOAT * sizes.denoiser / fake + _gathered(sizes, fake),
@@ -100,7 +101,7 @@ def training_memory(
     if workers > 1:
         buckets = trained * (student == 1) + (sizes.denoiser + sizes.head) * (fake == 1)
         parts["DDP's gradient buckets"] = FLOAT * buckets
-    memory = passes(section.mixed_precision == "bf16", parallel.gradient_checkpointing)
+    memory = passes(bf16, parallel.gradient_checkpointing)
     if memory is not None:
         busiest = max(
             _stage_passes(sizes, section, keys, memory, workers, distilled)
@@ -146,7 +147,7 @@ def _stage_passes(
     trained = sizes.adapters if section.trainable == "lora" else sizes.denoiser
 
     held = memory.held_by(fresh + paired)
-    cast = _BF16 * sizes.denoiser if section.mixed_precision == "bf16" else 0
+    cast = BF16 * sizes.denoiser if section.mixed_precision == "bf16" else 0
     scores = _scoring(keys, memory, scored, cast, distilled)
     judged = memory.held_by(fresh) if judging else 0.0
     compared = regression_bytes(sizes, keys, section.perceptual_resize, paired)
@@ -173,13 +174,13 @@ def _scoring(
 
 
 def _teacher(sizes: NetworkSizes, section: TrainSection, workers: int) -> float:
-    placement = section.parallel.teacher
+    placement, bf16 = section.parallel.teacher, section.mixed_precision == "bf16"
+    whole = sizes.frozen_denoiser(bf16=bf16)
     if placement == "replicated":
-        return FLOAT * sizes.denoiser
-    share = 0.0 if placement == "offload" else FLOAT * sizes.denoiser / workers
+        return whole
+    share = 0.0 if placement == "offload" else whole / workers
     # Sent, and at work, in the dtype of the passes: see `dmd_core.parallel.shard`.
-    width = _BF16 if section.mixed_precision == "bf16" else FLOAT
-    return share + 2 * width * sizes.block
+    return share + 2 * (BF16 if bf16 else FLOAT) * sizes.block
 
 
 def _gathered(sizes: NetworkSizes, sharing: int) -> float:
@@ -245,12 +246,13 @@ def sampling_memory(
     sizes: NetworkSizes, section: PairsSection, passes: Passes, *, distilled: bool = False
 ) -> MemoryPlan:
     """Of one teacher of `dmd pairs`; `distilled` as in `training_memory`."""
-    parts = {
-        "teacher": float(FLOAT * sizes.denoiser),
-        "text encoders, VAE": float(FLOAT * sizes.others),
-        "CUDA": float(_CONTEXT),
+    bf16 = section.compute_dtype == "bfloat16"
+    parts: dict[str, float] = {
+        "teacher": sizes.frozen_denoiser(bf16=bf16),
+        "text encoders, VAE": sizes.frozen_others(bf16=bf16),
+        "CUDA": _CONTEXT,
     }
-    memory = passes(section.compute_dtype == "bfloat16", False)
+    memory = passes(bf16, False)
     if memory is not None:
         twice = section.guidance_scale > 1 and not distilled  # as `integrate` does
         rows = section.batch_size * (2 if twice else 1)

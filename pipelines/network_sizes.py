@@ -10,14 +10,16 @@ from pipelines.config import PairsSection
 from pipelines.train_config import TrainSection
 from pipelines.weights import Weights, denoiser_of
 
-FLOAT = 4  # bytes
+FLOAT, BF16 = 4, 2  # bytes
 
 
 @dataclass(frozen=True)
 class NetworkSizes:
     """Parameters: `denoiser` of the network that is distilled (and copied twice), `others` of VAE
     and text encoders, `adapters` of the LoRA that the recipe asks for, `block` of the largest
-    block that is sharded as a whole, `head` of the discriminator (0: no stage has one).
+    block that is sharded as a whole, `head` of the discriminator (0: no stage has one). Of those of
+    the denoiser and of the text encoders, `matrices` and `encoder_matrices` are in the dtype that
+    they are used in where nothing trains them (`dmd_core.precision.hold`).
 
     Bytes in float32: `sample` of one sample, `condition` of what the network is told of it.
     `picture`: its height and width in pixels; `decoded`: is a VAE between the two?
@@ -28,10 +30,20 @@ class NetworkSizes:
     adapters: int
     block: int
     head: int = 0
+    matrices: int = 0
+    encoder_matrices: int = 0
     sample: int = 0
     condition: int = 0
     picture: tuple[int, int] = (0, 0)
     decoded: bool = True
+
+    def frozen_denoiser(self, *, bf16: bool) -> int:
+        """Bytes of one that nothing trains."""
+        return FLOAT * self.denoiser - (FLOAT - BF16) * bf16 * self.matrices
+
+    def frozen_others(self, *, bf16: bool) -> int:
+        """Bytes of text encoders and VAE."""
+        return FLOAT * self.others - (FLOAT - BF16) * bf16 * self.encoder_matrices
 
     @staticmethod
     def of(
@@ -50,6 +62,10 @@ class NetworkSizes:
             adapters=denoiser.adapters(section.lora_rank, section.lora_targets),
             block=max(_blocks(denoiser).values()),
             head=head,
+            matrices=denoiser.matrices,
+            encoder_matrices=sum(
+                part.matrices for part in others if part.part.startswith("text_encoder")
+            ),
             sample=FLOAT * prod(shape),
             condition=condition,
             picture=geometry.pixels(shape),

@@ -55,6 +55,7 @@ class RunInputs:
             network_device="cpu" if self.section.parallel.shards else device,
             size=(self.pairs_section.height, self.pairs_section.width),
             compute_dtype=PrecisionPolicy.named(self.section.mixed_precision).compute,
+            copied=True,
         )
         self._root = open_store(config["root"], self._storage)
         self.versions = PairVersions(self._root, self.pins, self.seed)
@@ -113,8 +114,8 @@ class RunInputs:
     @cached_property
     def sample_pictures(self) -> SamplePictures:
         prompts = () if self.versions.segments else self._prompts.prompts
-        pairs, sharded = self.pairs_section, self.section.parallel.teacher != "replicated"
-        if sharded and self.section.mixed_precision == "bf16":  # all that its shards can do
+        pairs = self.pairs_section
+        if self.section.mixed_precision == "bf16":  # all that a teacher beside a training can do
             pairs = pairs.model_copy(update={"compute_dtype": "bfloat16"})
         return SamplePictures(
             self.teacher, pairs, self.versions, prompts,

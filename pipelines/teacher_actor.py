@@ -64,7 +64,11 @@ class TeacherActor:
         prepare_computing(1)  # see `prepare_computing`
         folder = local_teacher(task.teacher_url, task.storage)
         with device_named():
-            self._teacher = load_teacher(folder, device=worker_device(section.gpus_per_actor))
+            self._teacher = load_teacher(
+                folder,
+                device=worker_device(section.gpus_per_actor),
+                compute_dtype=getattr(torch, section.compute_dtype),
+            )
         if self._teacher.revision != task.fingerprint.teacher_revision:
             raise TeacherError(
                 f"teacher {task.teacher_url} is now {self._teacher.revision[:16]}; "

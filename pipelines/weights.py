@@ -1,6 +1,7 @@
 """How large the networks of a pipeline folder are, from the headers of their files alone."""
 
 import json
+import re
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -10,6 +11,11 @@ from safetensors import SafetensorError, safe_open
 from dmd_core.teacher_files import WEIGHTS, PartFiles, TeacherError
 
 DENOISERS = ("unet", "transformer")
+# Tables that are looked up, by their names in diffusers' and transformers' models.
+_TABLES = re.compile(
+    r"(token_embedding|position_embedding|class_embedding|shared|embed_tokens|"
+    r"relative_attention_bias)\.weight$"
+)
 
 
 class WeightsError(ValueError):
@@ -26,6 +32,15 @@ class Weights:
     @property
     def parameters(self) -> int:
         return sum(map(prod, self.shapes.values()))
+
+    @property
+    def matrices(self) -> int:
+        """Parameters of linear layers and convolutions, without their biases."""
+        return sum(
+            prod(shape)
+            for name, shape in self.shapes.items()
+            if len(shape) > 1 and name.endswith(".weight") and not _TABLES.search(name)
+        )
 
     def adapters(self, rank: int, targets: tuple[str, ...]) -> int:
         """Parameters of low-rank adapters on the layers whose names end in one of `targets`."""

@@ -3,6 +3,7 @@ is."""
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from dmd_core.networks import DmdNetworks, TrainerSettings
@@ -67,8 +68,10 @@ def test_a_bfloat16_teacher_in_shards_is_the_whole_one_to_its_rounding(families,
     rounding = (expected - exact).abs().max()
     assert 0 < (found - exact).abs().max() < 3 * rounding
     for name, weight in teacher.model.named_parameters():
-        assert isinstance(weight, DTensor) and weight.dtype == torch.float32
-        assert torch.equal(whole(weight), plain.model.get_parameter(name)), name
+        assert isinstance(weight, DTensor)
+        assert torch.equal(whole(weight), plain.model.get_parameter(name).to(weight.dtype)), name
+    _, *layers = (m for m in teacher.model.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    assert {layer.weight.dtype for layer in layers} == {torch.bfloat16}
 
 
 def test_a_float32_teacher_in_shards_is_gathered_as_it_is(families):

@@ -105,6 +105,44 @@ def test_adapters_are_counted_as_peft_makes_them(tiny_teacher_dir):
     assert counted == sum(p.numel() for p in unet.parameters() if p.requires_grad) > 0
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_what_is_held_in_bfloat16_is_counted_without_loading(families, name):
+    """But for biases, and for the first weight of the denoiser, which stays as it is."""
+    folder = families.folder(name)
+    sizes = NetworkSizes.of(folder, pipeline_weights(folder), section(), PairsSection())
+    pipeline = load_teacher(folder, compute_dtype=torch.bfloat16).pipeline
+
+    def held(network) -> int:
+        weights = (p for p in network.parameters() if p.dtype == torch.bfloat16)
+        return sum(p.numel() for p in weights if p.ndim > 1)
+
+    named = pipeline.components.items()
+    networks = {name: part for name, part in named if isinstance(part, torch.nn.Module)}
+    encoders = [part for name, part in networks.items() if name.startswith("text_encoder")]
+    (denoiser,) = (networks[name] for name in ("unet", "transformer") if name in networks)
+    layer, first = next(denoiser.named_parameters())
+    kept = first.numel() if layer.endswith(".weight") else 0  # PixArt's is a table
+    assert sizes.matrices == held(denoiser) + kept
+    assert sizes.encoder_matrices == sum(map(held, encoders))
+    assert bool(encoders) == (sizes.encoder_matrices > 0)
+
+
+def test_what_nothing_trains_needs_half_in_bfloat16():
+    sizes = replace(SIZES, matrices=800_000_000, encoder_matrices=90_000_000)
+    teacher = {"no": 4 * 860e6, "bf16": 4 * 860e6 - 2 * 800e6}
+    others = {"no": 4 * 206e6, "bf16": 4 * 206e6 - 2 * 90e6}
+    for precision, dtype in (("no", "float32"), ("bf16", "bfloat16")):
+        pairs = sampling_memory(sizes, PairsSection(compute_dtype=dtype), passes).parts
+        train = training_memory(sizes, section(mixed_precision=precision), passes).parts
+        for parts in (pairs, train):
+            assert parts["teacher"] == teacher[precision]
+            assert parts["text encoders, VAE"] == others[precision]
+    shared = section(parallel={"teacher": "sharded"}, num_workers=4)
+    block = 2 * 2 * SIZES.block  # two at a time, whole
+    parts = training_memory(sizes, shared, passes).parts
+    assert parts["teacher"] == teacher["bf16"] / 4 + block
+
+
 def test_the_sum_is_that_of_the_networks_of_a_run(tiny_teacher_dir):
     asked = section(gan_weight=1e-3, real_pictures="given", ema_halflife_samples=10)
     teacher = load_teacher(tiny_teacher_dir)

@@ -77,11 +77,11 @@ def test_prompts_are_encoded_in_the_precision_of_the_networks(config):
     ("teacher", "precision", "expected"),
     [
         ("sharded", "bf16", "bfloat16"),
-        ("replicated", "bf16", "float32"),
+        ("replicated", "bf16", "bfloat16"),
         ("offload", "no", "float32"),
     ],
 )
-def test_a_teacher_in_bfloat16_shards_makes_its_sample_pictures_in_bfloat16(
+def test_a_teacher_beside_a_training_in_bfloat16_makes_its_sample_pictures_in_it(
     config, teacher, precision, expected
 ):
     config["train"]["mixed_precision"] = precision
