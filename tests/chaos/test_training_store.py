@@ -9,18 +9,15 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
-import torch
 
-from dmd_core.checkpoint import Checkpoint, checkpoint_path, committed_steps, load_checkpoint
-from jobs.cli import main
+from dmd_core.checkpoint import Checkpoint, checkpoint_path, committed_steps
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store
-from tests.chaos.training_run import metric_lines
+from tests.chaos.training_here import EVERY, STEPS, assert_same, final, train_here, write_prompts
 from tests.fault_proxy import Fault, FaultProxy
 from tests.s3_servers import new_bucket
 
-STEPS, EVERY = 40, 4
-OUTAGE_S = 20
+OUTAGE_S = 60
 FAULTS = (Fault.SLOW_DOWN, Fault.LOST_REQUEST, Fault.LOST_REPLY, Fault.TORN_UPLOAD)
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
@@ -34,28 +31,8 @@ def proxy(seaweed) -> Iterator[FaultProxy]:
 
 @pytest.fixture(scope="module")
 def train(ray_cluster, tiny_teacher_dir, tmp_path_factory) -> Callable[[Store, str], int]:
-    """`dmd train` in this process, on the Ray of the test session."""
-    prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    prompts.write_text("\n".join(f"prompt {index}" for index in range(12)))
-
-    def run(root: Store, endpoint: str) -> int:
-        settings = {
-            "run.dir": root.url, "storage.endpoint_url": endpoint,
-            "teacher.path": tiny_teacher_dir, "pairs.prompts": prompts,
-            "train.lambda_reg": 0, "train.train_batch_size": 16,
-            "train.max_train_steps": STEPS, "train.checkpointing_steps": EVERY,
-            "train.checkpoints_total_limit": 20, "train.validation_steps": 1000,
-            "train.report_to": "none",
-        }  # fmt: skip
-        arguments = ["train", "--config", "tiny", "--json"]
-        for key, value in settings.items():
-            arguments += ["--set", f"{key}={value}"]
-        started = time.monotonic()
-        code = main(arguments)
-        print(f"exit code {code} after {time.monotonic() - started:.0f} s")
-        return code
-
-    return run
+    prompts = write_prompts(tmp_path_factory.mktemp("prompts"))
+    return lambda root, endpoint: train_here(root, tiny_teacher_dir, prompts, endpoint)
 
 
 @pytest.fixture(scope="module")
@@ -63,30 +40,6 @@ def undisturbed(train, seaweed, seaweed_options) -> Checkpoint:
     root = new_bucket(seaweed_options, "plain")
     assert train(root, seaweed) == 0
     return final(root)
-
-
-def final(root: Store) -> Checkpoint:
-    """Every checkpoint is loaded and verified, and nothing else is there; each step has a line."""
-    folder = root.path(CHECKPOINTS)
-    steps = committed_steps(root.fs, folder)
-    found = [load_checkpoint(root.fs, folder, step) for step in steps]
-    assert steps[-1] == STEPS
-    there = {path.split("/checkpoint-")[1][:8] for path in root.fs.find(folder)}
-    torn = there - {f"{step:08d}" for step in steps}
-    print(f"checkpoints {steps}, without a marker {sorted(torn)}")
-    lines = metric_lines(root.fs.cat_file(root.path("metrics.jsonl")))
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    last = found[-1]
-    assert last is not None
-    return last
-
-
-def assert_same(found: Checkpoint, expected: Checkpoint) -> None:
-    """One worker in both: bit for bit, whatever was done again."""
-    assert found.state["progress"] == expected.state["progress"]
-    for part, tensors in expected.parts.items():
-        for name, value in tensors.items():
-            assert torch.equal(value, found.parts[part][name]), f"{part}/{name}"
 
 
 def test_uploads_that_fail(train, proxy, seaweed_options, undisturbed):
