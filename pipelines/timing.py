@@ -24,6 +24,7 @@ from dmd_core.plain_call import (
     student_guidance,
     with_latents,
 )
+from dmd_core.precision import hold
 from dmd_core.teacher import Teacher, load_teacher
 from pipelines.computing import prepare_computing
 from pipelines.device_turns import DeviceTurns
@@ -127,14 +128,16 @@ def nvml_counter(device: str) -> Callable[[], float] | str:
 
 def _picture_makers(plan: SamplingPlan, local: Networks) -> tuple[Makers, Callable[[str], bool]]:
     """The makers, and what brings a system's networks to the device (True: they were not there)."""
-    teacher = load_teacher(local.teacher, device=local.device, size=(plan.height, plan.width))
+    dtype = getattr(torch, plan.compute_dtype)
+    teacher = load_teacher(
+        local.teacher, device=local.device, size=(plan.height, plan.width), compute_dtype=dtype
+    )
     turns = DeviceTurns(local.device, teacher.pipeline)
     shape = teacher.latent_shape(*teacher.size)
     latents = sample_noise([plan.seed], shape, torch.float16).float().to(local.device)
     student = with_latents(load_plainly(local.student, "cpu"))
     told = family_of_pipeline(student)
     lay_out_like(getattr(student, told.model), teacher.model)
-    dtype = getattr(torch, plan.compute_dtype)
     compute_in(student, dtype, local.device)
     steps = {TEACHER: plan.steps} | plan.few()
     if teacher.family.on_pixels:  # no pipeline of diffusers guides these, or takes our solver
@@ -167,6 +170,7 @@ def compute_in(pipeline: Any, dtype: torch.dtype, device: str) -> None:
     for name in family.parts:
         part = getattr(pipeline, name, None)
         if part is not None and (name == family.model or name.startswith("text_encoder")):
+            hold(part, dtype)
             autocast = torch.autocast(torch.device(device).type, dtype)
             part.forward = convert_outputs_to_fp32(autocast(part.forward))
 
