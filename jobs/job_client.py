@@ -136,7 +136,7 @@ def kept_options(options: argparse.Namespace, job: VerbJob) -> dict[str, str]:
     return {_PREFIX + name: value for name, value in given.items() if value}
 
 
-def command_of(job: ClusterJob) -> str:
+def command_of(job: ClusterJob, server: JobServer) -> str:
     """`dmd submit pairs --config my.yaml`: goes on with the job, from the folder of the first."""
     verb, *arguments = shlex.split(job.entrypoint.removeprefix(_ENTRYPOINT)) or [""]
     kept = {name.removeprefix(_PREFIX): value for name, value in (job.metadata or {}).items()}
@@ -146,7 +146,17 @@ def command_of(job: ClusterJob) -> str:
     # What is not of every verb may be an option of `submit`, too.
     options = [word.partition("=")[0] for word in arguments if word.startswith("-")]
     apart = ["--"] if set(options) - _OF_A_VERB else []
+    own += _address_of(server)
     return shlex.join(["dmd", "submit", verb.replace("_", "-"), *own, *apart, *arguments])
+
+
+def _address_of(server: JobServer) -> list[str]:
+    """As an option, unless commands without it go there anyway."""
+    try:
+        usual = known_address(None)
+    except (JobError, ClusterError):
+        usual = None
+    return [] if usual == server.address else ["--address", server.shown]
 
 
 def verb_of(job: ClusterJob) -> str:
@@ -245,7 +255,7 @@ def result_of(server: JobServer, job: ClusterJob) -> dict[str, Any]:
     }
     if job.status == "SUCCEEDED":
         return found
-    again = f"`{command_of(job)}` goes on from there" if is_ours(job) else "submit it again"
+    again = f"`{command_of(job, server)}` goes on from there" if is_ours(job) else "submit it again"
     if job.status == "STOPPED":
         message = f"{job.id} was stopped; what was done stays, and {again}"
         raise JobError(message, Exit.TRANSIENT, result=found)

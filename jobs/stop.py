@@ -31,7 +31,7 @@ def run(options: argparse.Namespace, display: Display) -> dict[str, Any]:
     ended = _wait(server, job)
     display.done(f"{job.id} has ended ({ended.status}); what was done stays")
     if is_ours(job):
-        display.say(f"  to go on: {command_of(job)}")
+        display.say(f"  to go on: {command_of(job, server)}")
     return found | {"status": ended.status}
 
 

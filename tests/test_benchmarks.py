@@ -4,9 +4,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 
+from benchmarks.cifar10 import fid_of_all
 from benchmarks.pair_bench import Result, compared, steady_rate
 from benchmarks.train import leaner
 from benchmarks.train_networks import Case, write_teacher
@@ -14,6 +16,7 @@ from benchmarks.train_ours import ours
 from benchmarks.train_windows import rate_after, seconds_per_save
 from benchmarks.train_work import peak_between, weights_of
 from benchmarks.two_losses import compare
+from dmd_core.metrics import frechet_distance
 
 
 def test_the_steady_rate_leaves_out_the_first_batch_and_what_came_before_it():
@@ -125,3 +128,20 @@ def test_the_factory_s_benchmark_runs(tmp_path):
     results = json.loads(out.read_text())["results"]
     assert len(results) >= 5
     assert all(found["measured"] > 0 for found in results)
+
+
+def test_fid_of_few_pictures_tells_what_many_would_have():
+    """On Gaussians that are alike, whose FID is all bias: averaged over draws, what 800 rows are
+    extrapolated to is what 50,000 have."""
+    rng = np.random.default_rng(0)
+    told, true, few = [], [], []
+    for _ in range(20):
+        train, test = rng.normal(size=(50_000, 8)), rng.normal(size=(2_000, 8))
+        found = fid_of_all(train[:800], test)
+        assert found is not None
+        told.append(found["extrapolated to 50000"])
+        true.append(frechet_distance(train, test))
+        few.append(found["800"])
+    assert np.mean(few) > 3 * np.mean(true)
+    assert abs(np.mean(told) - np.mean(true)) < 0.1 * np.mean(few)
+    assert fid_of_all(train[:60], test) is None

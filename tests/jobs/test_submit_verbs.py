@@ -104,7 +104,7 @@ def test_the_exit_code_is_the_jobs_own(fake, script, capfd, status, code, expect
     script.append(_ends(fake, status, code))
     assert _submit(fake) == expected
     said = capfd.readouterr().err
-    assert "dmd submit pairs --config my.yaml` goes on" in said
+    assert f"dmd submit pairs --address {fake.address} --config my.yaml` goes on" in said
     assert {-9: "signal 9", 137: "signal 9", 3: "exit code 3"}.get(code, "") in said
 
 
@@ -597,12 +597,16 @@ def test_stop_waits_until_the_job_has_ended_and_says_how_to_go_on(fake, script, 
     assert _other(fake, "stop", identity) == 0
     said = capfd.readouterr().err
     assert "STOPPED" in said and "what was done stays" in said
-    assert "dmd submit pairs --config my.yaml --set 'pairs.negative_prompt=a b'" in said
+    assert (
+        f"submit pairs --address {fake.address} --config my.yaml --set 'pairs.negative_prompt=a b'"
+        in said
+    )
     assert _other(fake, "stop", identity) == 0
     assert "ended before" in capfd.readouterr().err
     assert _other(fake, "stop", "unknown") == Exit.REFUSED
 
 
+@pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize(
     "words",
     [
@@ -612,15 +616,17 @@ def test_stop_waits_until_the_job_has_ended_and_says_how_to_go_on(fake, script, 
     ],
 )
 def test_the_command_to_go_on_with_is_the_one_that_was_given(
-    fake, folder, monkeypatch, capfd, words
+    fake, folder, monkeypatch, capfd, words, named
 ):
+    """`named`: is the cluster by the environment, or by an option of every command?"""
     monkeypatch.chdir(folder.parent)
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", fake.address)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", fake.address if named else "http://elsewhere:1")
+    where = [] if named else ["--address", fake.address]
     (folder.parent / "env.yaml").write_text("env_vars: {OMP_NUM_THREADS: '4'}\n")
-    assert main(["submit", "pairs", "--no-wait", *words]) == 0
+    assert main(["submit", "pairs", "--no-wait", *where, *words]) == 0
     first = _only(fake)
     capfd.readouterr()
-    assert main(["stop", first]) == 0
+    assert main(["stop", *where, first]) == 0
     command = capfd.readouterr().err.partition("to go on: ")[2]
     dmd, submit, verb, *again = shlex.split(command)
     assert (dmd, submit, verb) == ("dmd", "submit", "pairs")
