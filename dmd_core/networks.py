@@ -172,6 +172,7 @@ class DmdNetworks:
         network.requires_grad_(True)
         if lora is not None:
             add_lora(network, lora, self._lora_seed)
+            hold(network, self.settings.precision.compute)  # all but the adapters is frozen
         # Without the dropout the teacher was trained with: the student and both scores are those of
         # the networks that sample, and no update depends on random numbers of no seed of ours.
         network.eval()
@@ -209,7 +210,7 @@ class DmdNetworks:
     def _place_teacher(self) -> None:
         placement, model = self.settings.parallel.teacher, self.teacher.model
         compute = self.settings.precision.compute
-        hold(model, compute)  # its copies, which are trained, are made
+        hold(model, compute)  # the copies of it, which may be trained, are made
         if placement == "replicated":
             model.to(self.world.device)
         else:

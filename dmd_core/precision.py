@@ -36,15 +36,15 @@ _CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def hold(network: nn.Module, compute: torch.dtype) -> None:
-    """Keep the weights of linear layers and convolutions in `compute`, for a network that is not
-    trained and runs under `autocast` to it alone. Autocast would cast them anew at every use: the
+    """Keep the weights of linear layers and convolutions that are not trained in `compute`, for a
+    network that runs under `autocast` to it alone. Autocast would cast them anew at every use: the
     numbers are the same to the last bit, in half the memory. Not the very first weight, whose dtype
     models of diffusers and transformers take for that of what they compute outside of layers."""
     first = next(network.parameters(), None)
     for module in network.modules():
         if isinstance(module, _CAST):
             for weight in module.parameters(recurse=False):
-                if weight is not first:
+                if weight is not first and not weight.requires_grad:
                     weight.data = weight.data.to(compute)
 
 

@@ -1,6 +1,6 @@
 """Station 9: what a network says of each picture of a set, kept in parts as they are computed.
 
-A CPU core sees some four pictures a second with Inception, so 50,000 take hours: a kill loses the
+A CPU core sees some six pictures a second with Inception, so 50,000 take hours: a kill loses the
 parts that were being computed, and the next run computes those.
 """
 

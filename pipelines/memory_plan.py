@@ -83,9 +83,9 @@ def training_memory(
     parts = {
         "teacher": _teacher(sizes, section, workers),
         "text encoders, VAE": sizes.frozen_others(bf16=bf16),
-        "student": FLOAT * sizes.denoiser / student + _gathered(sizes, student),
+        "student": _student(sizes, section, student),
         "student's AdamW": _ADAM * trained / student,
-        "fake score": FLOAT * sizes.denoiser / fake + _gathered(sizes, fake),
+        "fake score": FLOAT * sizes.denoiser / fake + _gathered(sizes, fake, FLOAT),
         "fake score's AdamW": _ADAM * (sizes.denoiser + sizes.head) / fake,
         "discriminator's head": FLOAT * sizes.head * (1 / fake + (fake > 1)),  # and whole, at work
         "data of two steps": max(drawn_bytes(sizes, keys, *own) for keys, own in shares),
@@ -94,8 +94,6 @@ def training_memory(
         ),
         "CUDA": _CONTEXT,
     }
-    if section.trainable == "lora":
-        parts["student"] += FLOAT * sizes.adapters / student
     if section.ema_halflife_samples:
         parts["student's average"] = FLOAT * trained / student
     if workers > 1:
@@ -183,9 +181,18 @@ def _teacher(sizes: NetworkSizes, section: TrainSection, workers: int) -> float:
     return share + 2 * (BF16 if bf16 else FLOAT) * sizes.block
 
 
-def _gathered(sizes: NetworkSizes, sharing: int) -> float:
+def _student(sizes: NetworkSizes, section: TrainSection, sharing: int) -> float:
+    """Under adapters it is frozen itself."""
+    if section.trainable == "full":
+        return FLOAT * sizes.denoiser / sharing + _gathered(sizes, sharing, FLOAT)
+    bf16 = section.mixed_precision == "bf16"
+    whole = sizes.frozen_denoiser(bf16=bf16) + FLOAT * sizes.adapters
+    return whole / sharing + _gathered(sizes, sharing, BF16 if bf16 else FLOAT)
+
+
+def _gathered(sizes: NetworkSizes, sharing: int, width: int) -> float:
     """Blocks that are whole for a moment: the one at work and the next."""
-    return 2 * FLOAT * sizes.block if sharing > 1 else 0.0
+    return 2 * width * sizes.block if sharing > 1 else 0.0
 
 
 def _sharing(strategy: str, workers: int) -> int:

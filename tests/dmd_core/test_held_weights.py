@@ -4,9 +4,11 @@ bit, in less memory."""
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from dmd_core.lora import LoraSettings
 from dmd_core.networks import DmdNetworks, TrainerSettings
-from dmd_core.parallel import World
+from dmd_core.parallel import Parallel, World, whole
 from dmd_core.precision import PrecisionPolicy
 from dmd_core.teacher import Teacher, load_teacher
 from tests.dmd_core.family_calls import PIXELS, PROMPTS, Families, noise
@@ -78,3 +80,41 @@ def test_a_network_that_is_copied_to_be_trained_is_held_when_its_copies_are_made
     weights = exact.model.state_dict()
     for copy in (networks.generator, networks.fake):
         assert all(torch.equal(weight, weights[name]) for name, weight in copy.state_dict().items())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_adapters_learn_the_same_on_a_network_that_is_held(families, monkeypatch, name, strategy):
+    """Output and gradients, to the last bit; the adapters themselves stay in float32."""
+
+    def trained(held: bool) -> tuple[DmdNetworks, torch.Tensor]:
+        if not held:
+            monkeypatch.setattr("dmd_core.networks.hold", lambda network, compute: None)
+        teacher = _loaded(families, name, torch.float32)
+        settings = TrainerSettings(
+            parallel=Parallel(generator=strategy),
+            precision=PrecisionPolicy(torch.bfloat16),
+            lora=LoraSettings(rank=4, alpha=4),
+        )
+        networks = DmdNetworks(teacher, settings, World(), teacher.latent_shape(*teacher.size))
+        random = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in networks.weights.values():  # B starts at 0: no gradient reaches A
+                local = weight.to_local() if isinstance(weight, DTensor) else weight
+                local += 0.1 * torch.randn(weight.shape, generator=random)
+        x = networks.student_trained(noise(teacher), teacher.encode_prompts(PROMPTS))
+        x.square().sum().backward()
+        return networks, x.detach()
+
+    (held, x), (cast, expected) = trained(True), trained(False)
+    assert torch.equal(x, expected)
+    assert {weight.dtype for weight in held.weights.values()} == {torch.float32}
+    for key, weight in held.weights.items():
+        other = cast.weights[key]
+        assert weight.grad is not None and other.grad is not None
+        assert torch.equal(whole(weight.grad), whole(other.grad)), key
+        assert bool(whole(weight.grad).any()), key
+    base = [weight for weight in held.generator.parameters() if not weight.requires_grad]
+    bits = sum(w.numel() for w in base if w.dtype == torch.bfloat16)
+    assert bits > 0.9 * sum(w.numel() for w in base)
+    assert {w.dtype for w in cast.generator.parameters()} == {torch.float32}

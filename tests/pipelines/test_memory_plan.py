@@ -137,6 +137,9 @@ def test_what_nothing_trains_needs_half_in_bfloat16():
         for parts in (pairs, train):
             assert parts["teacher"] == teacher[precision]
             assert parts["text encoders, VAE"] == others[precision]
+        lora = section(mixed_precision=precision, trainable="lora")
+        student = training_memory(sizes, lora, passes).parts["student"]
+        assert student == teacher[precision] + 4 * SIZES.adapters
     shared = section(parallel={"teacher": "sharded"}, num_workers=4)
     block = 2 * 2 * SIZES.block  # two at a time, whole
     parts = training_memory(sizes, shared, passes).parts
