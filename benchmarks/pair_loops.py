@@ -101,7 +101,11 @@ def hand_written(work: dict[str, Any]) -> dict[str, Any]:
     """Read rows, draw noise, `Teacher.solve`, encode, write a Parquet file per block."""
     recipe, device = _start(work)
     section = recipe.pairs
-    teacher = load_teacher(resolve_shipped(recipe.teacher.path), device=device)
+    teacher = load_teacher(
+        resolve_shipped(recipe.teacher.path),
+        device=device,
+        compute_dtype=getattr(torch, recipe.pairs.compute_dtype),
+    )
     fingerprint, versions = fingerprint_of(section, teacher.revision), library_versions()
     shape, dtype = teacher.latent_shape(section.height, section.width), _dtype(section.dtype)
     rows, folder = _own_rows(work, recipe), Path(work["folder"])

@@ -103,7 +103,7 @@ class _Pictures:
 
 def _sd_teacher(case: Case) -> Teacher:
     compute = PrecisionPolicy.named(case.precision).compute
-    return load_teacher(case.folder, device=case.device, compute_dtype=compute, copied=True)
+    return load_teacher(case.folder, device=case.device, compute_dtype=compute, to_train=True)
 
 
 def _edm_teacher(case: Case) -> Teacher:

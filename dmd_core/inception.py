@@ -50,8 +50,8 @@ class Inception:
             for start in range(0, len(pictures), self.batch_size):
                 part = torch.tensor(pictures[start : start + self.batch_size]).to(self._device)
                 x = network_input(part.permute(0, 3, 1, 2).float())
-                # On a CPU oneDNN would turn every layer's pictures to this order, and back.
-                x = x.contiguous(memory_format=torch.channels_last)
+                if self._device.type == "cpu":  # else oneDNN turns to it and back in every layer
+                    x = x.contiguous(memory_format=torch.channels_last)
                 found.append(self._network(x).float().cpu().numpy())
         return np.concatenate(found)
 

@@ -43,7 +43,8 @@ class TrainerSettings:
 
 
 class DmdNetworks:
-    """G and F start as the teacher. `student_trained` and `fake_trained` synchronise gradients
+    """G and F start as the teacher, which from then on is that of bfloat16 passes where these are
+    (`precision.hold`). `student_trained` and `fake_trained` synchronise gradients
     over workers; `student` and `fake_frozen` are the same networks outside DDP.
     `latent_shape` (C,h,w) of the samples, where it is not the teacher's own.
 

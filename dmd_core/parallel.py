@@ -65,8 +65,8 @@ def shard(
     """Shard in place, block by block, so that one block at a time is whole in memory; the
     network's own parameters outside its blocks make one more group.
 
-    `compute` bfloat16, for a network that is not trained and that runs under autocast alone: half
-    the bytes are sent, and the shards stay float32.
+    `compute` bfloat16, for a network that is not trained and that runs under autocast alone: it is
+    sent in that, also what of its shards is in float32.
     """
     # Shards are cut along the first dimension.
     cast(Any, network).to(memory_format=torch.contiguous_format)

@@ -171,15 +171,15 @@ def load_teacher(
     network_device: str | torch.device = "",
     size: tuple[int | None, int | None] = (None, None),
     compute_dtype: torch.dtype = torch.float32,
-    copied: bool = False,
+    to_train: bool = False,
 ) -> Teacher:
     """Load a local pipeline folder; raises `TeacherError` that names what is missing.
 
     `network_device`: where the denoising network lies, if not on `device` (one that is to be
     sharded). `size`: height and width in pixels of the pictures it is used for; None: its own.
     `compute_dtype`: what its text encoders and its network are used in. Bfloat16 keeps their
-    matrices in it, so that nothing else can be done with them; but not those of a network that is
-    `copied` first, to be trained.
+    matrices in it, so that nothing else can be done with them; but not those of a network that
+    copies are made of first, `to_train`.
     """
     check_teacher(path)
     family = family_of(path)
@@ -187,7 +187,7 @@ def load_teacher(
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
-            if name.startswith("text_encoder") or (name == family.model and not copied):
+            if name.startswith("text_encoder") or (name == family.model and not to_train):
                 hold(part, compute_dtype)  # before it needs a place on the device
             part.to(network_device or device if name == family.model else device)
     if torch.device(device).type == "cuda" and family.model == "unet":  # on a CPU it gains nothing

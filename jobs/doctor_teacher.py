@@ -200,7 +200,10 @@ class TeacherChecks:
         except ValueError as error:  # TeacherError is one
             return Check(name, "fail", one_line(error), "correct teacher.path")
         except torch.OutOfMemoryError as error:
-            advice = "the networks in float32 are too large for this GPU; see memory: teachers here"
+            advice = (
+                "this check loads the teacher in float32, 4 bytes for every weight, which is too "
+                "large for this GPU; what pairs need: memory: teachers here"
+            )
             return Check(name, "warn", f"not asked: {one_line(error)}", advice)
 
     def _asked(self, name: str, device: str) -> Check:

@@ -229,11 +229,17 @@ def _verify(session: Session, root: Store, manifest: Manifest, found: dict[str, 
 
 def _teacher(session: Session, manifest: Manifest) -> Any:
     """The recipe's teacher, if it is the one that made the version."""
+    import torch
+
     from dmd_core.teacher import load_teacher, teacher_revision
     from pipelines.reintegration import check_revision
 
     check_revision(manifest, teacher_revision(session.teacher_dir))
-    return load_teacher(session.teacher_dir, device=_device(session))
+    return load_teacher(
+        session.teacher_dir,
+        device=_device(session),
+        compute_dtype=getattr(torch, manifest.fingerprint["compute_dtype"]),
+    )
 
 
 def _device(session: Session) -> str:

@@ -29,7 +29,8 @@ class TeacherHere:
     @cached_property
     def teacher(self) -> Teacher:
         device = "cuda" if self._on_gpu and torch.cuda.is_available() else "cpu"
-        return load_teacher(self._session.teacher_dir, device=device)
+        compute_dtype = getattr(torch, self._section.compute_dtype)
+        return load_teacher(self._session.teacher_dir, device=device, compute_dtype=compute_dtype)
 
     @property
     def distilled(self) -> bool:

@@ -144,19 +144,29 @@ def _stage_passes(
     fake = _sharing(section.parallel.fake, workers)
     trained = sizes.adapters if section.trainable == "lora" else sizes.denoiser
 
-    held = memory.held_by(fresh + paired)
+    spared = _not_cast(sizes, section)
+    held = max(0.0, memory.held_by(fresh + paired) - spared)
     cast = BF16 * sizes.denoiser if section.mixed_precision == "bf16" else 0
     scores = _scoring(keys, memory, scored, cast, distilled)
     judged = memory.held_by(fresh) if judging else 0.0
     compared = regression_bytes(sizes, keys, section.perceptual_resize, paired)
     # Of a pass's peak, the gradients of a whole network in float32 are a part.
     elsewhere = FLOAT * (sizes.denoiser - trained / student)
-    peak = memory.peak_of(fresh + paired) - elsewhere
+    peak = memory.peak_of(fresh + paired) - elsewhere - spared
     generator = max(held + max(scores, judged, compared), peak)
     seen = scored + (3 if keys.r1_weight else 2) * fresh * judging
     elsewhere = FLOAT * sizes.denoiser * (1 - 1 / fake)
     score = max(memory.held_by(seen), memory.peak_of(seen) - elsewhere)
     return max(generator, score + FLOAT * sizes.head * judging)  # its gradients are whole, too
+
+
+def _not_cast(sizes: NetworkSizes, section: TrainSection) -> int:
+    """Of what a pass of a wholly trained network holds: the copies of its weights that autocast
+    makes for the backward pass, which a network under adapters, held in bfloat16, has no need of.
+    With checkpointing they are gone at the end of each block."""
+    bf16 = section.mixed_precision == "bf16"
+    adapted = section.trainable == "lora" and not section.parallel.gradient_checkpointing
+    return BF16 * sizes.matrices if bf16 and adapted else 0
 
 
 def _scoring(

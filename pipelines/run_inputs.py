@@ -55,7 +55,7 @@ class RunInputs:
             network_device="cpu" if self.section.parallel.shards else device,
             size=(self.pairs_section.height, self.pairs_section.width),
             compute_dtype=PrecisionPolicy.named(self.section.mixed_precision).compute,
-            copied=True,
+            to_train=True,
         )
         self._root = open_store(config["root"], self._storage)
         self.versions = PairVersions(self._root, self.pins, self.seed)

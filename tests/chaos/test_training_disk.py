@@ -1,9 +1,9 @@
 """`dmd train` onto a disk of its own that is really full. It is a small file system in memory,
 which not everybody may mount."""
 
+import shutil
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,12 +102,16 @@ def test_a_disk_that_stays_full(train, undisturbed, disk, capfd):
     assert_same(final(root), undisturbed)
 
 
-def test_a_disk_that_is_full_for_a_moment(train, undisturbed, disk):
-    """At the end of a run, whose last save and last metrics are tried again."""
-    root = open_store(str(disk / "run"))
-    with filled_after(root, disk, STEPS - EVERY, 12.0):
-        started = time.monotonic()
-        code = train(root)
-        print(f"full after {STEPS - EVERY}: {time.monotonic() - started:.0f} s")
-    assert code == 0 or train(root) == 0
-    assert_same(final(root), undisturbed)
+def test_a_disk_that_is_full_for_a_moment(train, undisturbed, disk, capfd):
+    """At the end of a run, whose last save is tried again. The last steps may be over before the
+    disk is full: then once more."""
+    for attempt in range(5):
+        root = open_store(str(disk / f"run-{attempt}"))
+        with filled_after(root, disk, STEPS - EVERY, 12.0):
+            assert train(root) == 0
+        assert_same(final(root), undisturbed)
+        said = "".join(capfd.readouterr())
+        if "trying again in" in said and "No space left" in said:
+            return
+        shutil.rmtree(disk / f"run-{attempt}")
+    pytest.fail("the last save never met a full disk")

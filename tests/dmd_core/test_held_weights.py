@@ -69,7 +69,7 @@ def test_its_samples_are_those_of_a_teacher_that_casts_at_every_use(families, na
 
 
 def test_a_network_that_is_copied_to_be_trained_is_held_when_its_copies_are_made(families):
-    teacher = _loaded(families, "sd", torch.bfloat16, copied=True)
+    teacher = _loaded(families, "sd", torch.bfloat16, to_train=True)
     exact = _loaded(families, "sd", torch.float32)
     assert _matrices(teacher.model) == {torch.float32}
     assert all(_matrices(encoder) == {torch.bfloat16} for encoder in _encoders(teacher))

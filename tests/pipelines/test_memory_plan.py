@@ -146,6 +146,21 @@ def test_what_nothing_trains_needs_half_in_bfloat16():
     assert parts["teacher"] == teacher["bf16"] / 4 + block
 
 
+def test_a_network_under_adapters_is_not_cast_for_the_backward_pass():
+    """Pairs, so that the student's pass is the largest."""
+    many = {"train_batch_size": 16, "regression_batch_size": 16, "lambda_reg": 1.0}
+
+    def most(matrices: int, **settings) -> float:
+        asked = section(trainable="lora", regression_loss="l2", **many, **settings)
+        sizes = replace(SIZES, matrices=matrices)
+        return training_memory(sizes, asked, passes).parts["gradients and passes"]
+
+    spared = most(0) - most(800_000_000)
+    assert spared == pytest.approx(1.05 * 2 * 800_000_000, rel=1e-6)
+    for settings in ({"mixed_precision": "no"}, {"parallel": {"gradient_checkpointing": True}}):
+        assert most(0, **settings) == most(800_000_000, **settings)
+
+
 def test_the_sum_is_that_of_the_networks_of_a_run(tiny_teacher_dir):
     asked = section(gan_weight=1e-3, real_pictures="given", ema_halflife_samples=10)
     teacher = load_teacher(tiny_teacher_dir)

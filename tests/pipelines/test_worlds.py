@@ -131,6 +131,14 @@ def test_adapters(bench, size, changes):  # noqa: F811
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("placement", [FSDP, OFFLOAD], ids=["fsdp", "offload"])
+def test_adapters_on_a_network_in_bfloat16(bench, placement):  # noqa: F811
+    """Its shards are of two dtypes."""
+    mixed = LORA | {"mixed_precision": "bf16"}
+    same_run(bench.straight(mixed | placed(placement), 2), bench.straight(mixed, 2))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [ALL, LORA], ids=["all", "lora"])
 @pytest.mark.parametrize(
     ("first", "then"),
