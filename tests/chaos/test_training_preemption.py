@@ -12,7 +12,7 @@ from tests.chaos.training_run import (
     train_workers,
 )
 
-STEPS = 60
+STEPS = 300  # workers ask every five seconds: enough of them for that
 NOTICE_S = 30
 
 
