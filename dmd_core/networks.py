@@ -43,10 +43,10 @@ class TrainerSettings:
 
 
 class DmdNetworks:
-    """G and F start as the teacher, which from then on is that of bfloat16 passes where these are
-    (`precision.hold`). `student_trained` and `fake_trained` synchronise gradients
-    over workers; `student` and `fake_frozen` are the same networks outside DDP.
-    `latent_shape` (C,h,w) of the samples, where it is not the teacher's own.
+    """G and F start as the teacher, whose own network is then held in the dtype of the passes
+    (`precision.hold`). `student_trained` and `fake_trained` synchronise gradients over workers;
+    `student` and `fake_frozen` are the same networks outside DDP. `latent_shape` (C,h,w) of the
+    samples, where it is not the teacher's own.
 
     With a sharded network every call of it, and of `parts` and `averaged`, is one of all workers.
     """

@@ -75,14 +75,14 @@ def training_memory(
     """Of one worker of the smallest group that the recipe allows. `distilled`: guidance is an input
     of the teacher's network, not a second pass."""
     workers, parallel = _workers(section), section.parallel
-    bf16 = section.mixed_precision == "bf16"
+    width = _width(section)
     trained = sizes.adapters if section.trainable == "lora" else sizes.denoiser
     student = _sharing(parallel.generator, workers)
     fake = _sharing(parallel.fake, workers)
     shares = [(keys, _own(section, keys)) for _, keys in section.plan()]
     parts = {
         "teacher": _teacher(sizes, section, workers),
-        "text encoders, VAE": sizes.frozen_others(bf16=bf16),
+        "text encoders, VAE": sizes.frozen_others(width),
         "student": _student(sizes, section, student),
         "student's AdamW": _ADAM * trained / student,
         "fake score": FLOAT * sizes.denoiser / fake + _gathered(sizes, fake, FLOAT),
@@ -99,7 +99,7 @@ def training_memory(
     if workers > 1:
         buckets = trained * (student == 1) + (sizes.denoiser + sizes.head) * (fake == 1)
         parts["DDP's gradient buckets"] = FLOAT * buckets
-    memory = passes(bf16, parallel.gradient_checkpointing)
+    memory = passes(width == BF16, parallel.gradient_checkpointing)
     if memory is not None:
         busiest = max(
             _stage_passes(sizes, section, keys, memory, workers, distilled)
@@ -146,7 +146,7 @@ def _stage_passes(
 
     spared = _not_cast(sizes, section)
     held = max(0.0, memory.held_by(fresh + paired) - spared)
-    cast = BF16 * sizes.denoiser if section.mixed_precision == "bf16" else 0
+    cast = BF16 * sizes.denoiser if _width(section) == BF16 else 0
     scores = _scoring(keys, memory, scored, cast, distilled)
     judged = memory.held_by(fresh) if judging else 0.0
     compared = regression_bytes(sizes, keys, section.perceptual_resize, paired)
@@ -164,9 +164,8 @@ def _not_cast(sizes: NetworkSizes, section: TrainSection) -> int:
     """Of what a pass of a wholly trained network holds: the copies of its weights that autocast
     makes for the backward pass, which a network under adapters, held in bfloat16, has no need of.
     With checkpointing they are gone at the end of each block."""
-    bf16 = section.mixed_precision == "bf16"
     adapted = section.trainable == "lora" and not section.parallel.gradient_checkpointing
-    return BF16 * sizes.matrices if bf16 and adapted else 0
+    return BF16 * sizes.matrices if adapted and _width(section) == BF16 else 0
 
 
 def _scoring(
@@ -182,27 +181,31 @@ def _scoring(
 
 
 def _teacher(sizes: NetworkSizes, section: TrainSection, workers: int) -> float:
-    placement, bf16 = section.parallel.teacher, section.mixed_precision == "bf16"
-    whole = sizes.frozen_denoiser(bf16=bf16)
+    placement, width = section.parallel.teacher, _width(section)
+    whole = sizes.frozen_denoiser(width)
     if placement == "replicated":
         return whole
     share = 0.0 if placement == "offload" else whole / workers
     # Sent, and at work, in the dtype of the passes: see `dmd_core.parallel.shard`.
-    return share + 2 * (BF16 if bf16 else FLOAT) * sizes.block
+    return share + 2 * width * sizes.block
 
 
 def _student(sizes: NetworkSizes, section: TrainSection, sharing: int) -> float:
     """Under adapters it is frozen itself."""
     if section.trainable == "full":
         return FLOAT * sizes.denoiser / sharing + _gathered(sizes, sharing, FLOAT)
-    bf16 = section.mixed_precision == "bf16"
-    whole = sizes.frozen_denoiser(bf16=bf16) + FLOAT * sizes.adapters
-    return whole / sharing + _gathered(sizes, sharing, BF16 if bf16 else FLOAT)
+    whole = sizes.frozen_denoiser(_width(section)) + FLOAT * sizes.adapters
+    return whole / sharing + _gathered(sizes, sharing, _width(section))
 
 
 def _gathered(sizes: NetworkSizes, sharing: int, width: int) -> float:
     """Blocks that are whole for a moment: the one at work and the next."""
     return 2 * width * sizes.block if sharing > 1 else 0.0
+
+
+def _width(section: TrainSection) -> int:
+    """Bytes of a number that passes compute in."""
+    return BF16 if section.mixed_precision == "bf16" else FLOAT
 
 
 def _sharing(strategy: str, workers: int) -> int:
@@ -263,13 +266,13 @@ def sampling_memory(
     sizes: NetworkSizes, section: PairsSection, passes: Passes, *, distilled: bool = False
 ) -> MemoryPlan:
     """Of one teacher of `dmd pairs`; `distilled` as in `training_memory`."""
-    bf16 = section.compute_dtype == "bfloat16"
+    width = BF16 if section.compute_dtype == "bfloat16" else FLOAT
     parts: dict[str, float] = {
-        "teacher": sizes.frozen_denoiser(bf16=bf16),
-        "text encoders, VAE": sizes.frozen_others(bf16=bf16),
+        "teacher": sizes.frozen_denoiser(width),
+        "text encoders, VAE": sizes.frozen_others(width),
         "CUDA": _CONTEXT,
     }
-    memory = passes(bf16, False)
+    memory = passes(width == BF16, False)
     if memory is not None:
         twice = section.guidance_scale > 1 and not distilled  # as `integrate` does
         rows = section.batch_size * (2 if twice else 1)

@@ -37,13 +37,13 @@ class NetworkSizes:
     picture: tuple[int, int] = (0, 0)
     decoded: bool = True
 
-    def frozen_denoiser(self, *, bf16: bool) -> int:
-        """Bytes of one that nothing trains."""
-        return FLOAT * self.denoiser - (FLOAT - BF16) * bf16 * self.matrices
+    def frozen_denoiser(self, width: int) -> int:
+        """Bytes of one that nothing trains; `width`: those of a number that it is used in."""
+        return FLOAT * self.denoiser - (FLOAT - width) * self.matrices
 
-    def frozen_others(self, *, bf16: bool) -> int:
-        """Bytes of text encoders and VAE."""
-        return FLOAT * self.others - (FLOAT - BF16) * bf16 * self.encoder_matrices
+    def frozen_others(self, width: int) -> int:
+        """Bytes of text encoders and VAE, likewise."""
+        return FLOAT * self.others - (FLOAT - width) * self.encoder_matrices
 
     @staticmethod
     def of(
