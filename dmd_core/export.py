@@ -19,7 +19,7 @@ from torch import nn
 from dmd_core.checkpoint import Tensors
 from dmd_core.diffusers_schedules import family as schedule_family
 from dmd_core.families import CLASSES, Family
-from dmd_core.lora import LoraSettings, add_lora, fuse_lora, lora_config, lora_state
+from dmd_core.lora import LoraSettings, add_lora, fuse_lora, save_for_diffusers, save_for_peft
 from dmd_core.model_card import UNKNOWN, Origin, model_card
 from dmd_core.schedule import Schedule
 from dmd_core.student_schedulers import student_scheduler
@@ -116,13 +116,10 @@ def _load_adapters(network: nn.Module, adapters: Tensors, lora: LoraSettings) ->
 
 
 def _save_adapters(family: Family, network: nn.Module, folder: Path) -> None:
-    """As diffusers' `load_lora_weights` reads them: pytorch_lora_weights.safetensors."""
-    # With the settings: without them a reader takes alpha = rank.
-    parts = {
-        f"{family.model}_lora_layers": dict(lora_state(network)),
-        f"{family.model}_lora_adapter_metadata": lora_config(network),
-    }
-    family.pipeline_class.save_lora_weights(folder, **parts, safe_serialization=True)
+    if family.loads_adapters:
+        save_for_diffusers(network, family.pipeline_class, family.model, folder)
+    else:
+        save_for_peft(network, folder)
 
 
 def _with_dtype(pipeline: Any, dtype: torch.dtype, save: Callable[[], None]) -> None:

@@ -36,7 +36,6 @@ class Family:
     by_sigmas: bool = False
     sample_size: int | None = None
     schedules: tuple[str, ...] = ("vp", "edm")
-    adapters: bool = True  # does diffusers load and save LoRA for it?
 
     @property
     def on_pixels(self) -> bool:
@@ -45,6 +44,11 @@ class Family:
     @property
     def pipeline_class(self) -> Any:
         return getattr(diffusers, self.pipeline)
+
+    @property
+    def loads_adapters(self) -> bool:
+        """Does the pipeline have `load_lora_weights`? If not, peft puts adapters on the network."""
+        return hasattr(self.pipeline_class, "load_lora_weights")
 
     @property
     def own_guidance(self) -> float:
@@ -89,12 +93,11 @@ _FAMILIES = (
     Family(
         "PixArtSigmaPipeline", "transformer", ("PixArtTransformer2DModel",),
         ("vae", "text_encoder", "tokenizer", "transformer", "scheduler"),
-        adapters=False,
     ),
     *(
         Family(
             name, "unet", ("UNet2DModel",), ("unet", "scheduler", CLASSES),
-            optional=(CLASSES,), adapters=False, schedules=schedules,
+            optional=(CLASSES,), schedules=schedules,
         )
         for name, schedules in (
             ("ConsistencyModelPipeline", ("vp", "edm")),

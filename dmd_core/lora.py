@@ -7,9 +7,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils import recurse_remove_peft_layers
+from safetensors.torch import save_file
 from torch import nn
 
 from dmd_core.noise import stable_seed
@@ -50,13 +53,13 @@ def add_lora(network: nn.Module, settings: LoraSettings, seed: int) -> None:
     """Freeze `network` and add fresh adapters (B = 0: nothing changes yet), drawn from `seed`. On
     the meta device they have no values yet; `adapter_start` has them."""
     check_lora([name for name, _ in network.named_modules()], settings)
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     network.requires_grad_(False)
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets)
     )
-    network.add_adapter(config)  # type: ignore[operator]
+    inject_adapter_in_model(config, network)
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:  # in float32 whatever the base is in
             parameter.data = parameter.data.float()
@@ -76,19 +79,42 @@ def adapter_start(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 def fuse_lora(network: nn.Module) -> None:
     """Add the adapters to the weights they belong to, and remove them: the plain network again."""
-    network.fuse_lora()  # type: ignore[operator]
-    network.unload_lora()  # type: ignore[operator]
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    recurse_remove_peft_layers(network)
+    del network.peft_config
 
 
-def lora_state(network: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapters alone, by the names that diffusers' `load_lora_weights` reads."""
+def save_for_diffusers(network: nn.Module, pipeline_class: Any, model: str, folder: Path) -> None:
+    """The adapters alone, as the pipeline's `load_lora_weights` reads them. `model`: the name of
+    the network among its components."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
 
-    return convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+    weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+    # With the settings: without them a reader takes alpha = rank.
+    parts = {
+        f"{model}_lora_layers": dict(weights),
+        f"{model}_lora_adapter_metadata": _config(network).to_dict(),
+    }
+    pipeline_class.save_lora_weights(folder, **parts, safe_serialization=True)
 
 
-def lora_config(network: nn.Module) -> dict[str, Any]:
+def save_for_peft(network: nn.Module, folder: Path) -> None:
+    """The adapters alone, as peft's `PeftModel.from_pretrained` puts them on a network: for
+    pipelines that have no `load_lora_weights`."""
+    from peft import get_peft_model_state_dict
+
+    _config(network).save_pretrained(str(folder))
+    weights = get_peft_model_state_dict(network)
+    named = {f"base_model.model.{name}": w.contiguous() for name, w in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+
+
+def _config(network: nn.Module) -> Any:
     """The adapters' rank, alpha and targets, as peft describes them."""
     adapted: Any = network
-    return adapted.peft_config["default"].to_dict()
+    return adapted.peft_config["default"]

@@ -72,12 +72,6 @@ def model_card(
     told. `dtype`: of the weights."""
     without = "".join(f", {name}=None" for name in absent)
     title = "A one-step student" if steps == 1 else f"A {steps}-step student"
-    adapters = (
-        "\nThe folder `lora/` holds the adapters alone, for `load_lora_weights` on the teacher "
-        "with this folder's scheduler.\n"
-        if lora
-        else ""
-    )
     return f"""---
 {_front_matter(family, origin)}---
 
@@ -94,7 +88,7 @@ pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{without})
 ```
 
 {_guidance(family)} The weights are {str(dtype).removeprefix("torch.")}.
-{adapters}{_teacher(origin)}
+{_adapters(family) if lora else ""}{_teacher(origin)}
 ## Provenance
 
 ```json
@@ -150,6 +144,14 @@ def _call(family: Family, size: tuple[int, int], steps: int) -> str:
         return f'{student_call(family, 3, size, steps)}.save("3.png")  # the number of a class'
     name, what = ("picture", None) if family.on_pixels else ("fox", "fox")
     return f'{student_call(family, what, size, steps)}.save("{name}.png")'
+
+
+def _adapters(family: Family) -> str:
+    how = "`load_lora_weights` on the teacher"
+    if not family.loads_adapters:
+        how = f"peft's `PeftModel.from_pretrained(pipe.{family.model}, …)` on the teacher"
+    alone = f"The folder `lora/` holds the adapters alone, for {how} with this folder's scheduler."
+    return f"\n{alone}\n"
 
 
 def _guidance(family: Family) -> str:

@@ -181,7 +181,29 @@ class Schedule:
         alpha_t, sigma_t = self.coefficients(t, x0)
         return (alpha_t * x0 + sigma_t * eps).to(x0.dtype)
 
+    def renoise(
+        self, x0: torch.Tensor, x_t: torch.Tensor, eps: torch.Tensor, t: torch.Tensor,
+        earlier: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """From x_t and the x̂₀ a few-step student saw in it to the input of its next step, x_s at
+        the `earlier` time s: x_s = α_s x̂₀ + σ_s ε (DMD2 §4.4).
+
+        EDM's scheduler keeps a little of x_t instead, with r = σ_s/σ_t the first-order step of
+        SDE-DPM-Solver++ (Lu et al. 2022): x_s = r² x_t + (1 − r²) x̂₀ + σ_s √(1 − r²) ε. The noise
+        in x_s has the same σ_s; of four steps' r² the largest is 0.05.
+        """
+        if not self._is_edm:
+            return self.diffuse(x0, eps, earlier)
+        _, sigma_t = self.coefficients(t, x0)
+        _, sigma_s = self.coefficients(earlier, x0)
+        kept = (sigma_s / sigma_t) ** 2
+        return (kept * x_t + (1 - kept) * x0 + sigma_s * (1 - kept).sqrt() * eps).to(x0.dtype)
+
     # ------------------------------------------------------------------ what the network sees
+
+    @property
+    def _is_edm(self) -> bool:
+        return self.prediction_type in ("edm", "edm_v")
 
     def network_time(self, t: torch.Tensor) -> torch.Tensor:
         """What the network is told at index t: the index, c_noise, or 1000 σ. (B,)."""
@@ -190,7 +212,7 @@ class Schedule:
 
     def network_input(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t as the network takes it: c_in · x_t for EDM (1/√(σ² + σ_data²)), else x_t."""
-        if self.prediction_type not in ("edm", "edm_v"):
+        if not self._is_edm:
             return x_t
         _, sigma_t = self.coefficients(t, x_t)
         return (x_t / (sigma_t**2 + self.sigma_data**2).sqrt()).to(x_t.dtype)

@@ -63,7 +63,8 @@ class Student:
         x_t = self.start(noises[0])
         for k in range(step):
             x0 = self.predict(x_t, k, cond)
-            x_t = self.denoiser.schedule.diffuse(x0, noises[k + 1], self.times(k + 1, x0))
+            t, earlier = self.times(k, x0), self.times(k + 1, x0)
+            x_t = self.denoiser.schedule.renoise(x0, x_t, noises[k + 1], t, earlier)
         return x_t
 
     @torch.no_grad()

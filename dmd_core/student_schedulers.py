@@ -1,22 +1,24 @@
 """Schedulers whose default times are a student's, so that its user needs to pass none.
 
 A one-step student's scheduler returns x̂₀ itself; a few-step student's predicts x̂₀ and puts fresh
-noise on it down to the next time, which diffusers has for variance-preserving and flow schedules.
+noise on it down to the next time, as `Schedule.renoise` says.
 """
 
 from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
+import torch
 from diffusers import (
     DDIMScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
     LCMScheduler,
 )
 
-from dmd_core.diffusers_schedules import family, flow_shift
+from dmd_core.diffusers_schedules import edm_sigmas, family, flow_shift
 from dmd_core.ode import noise_settings, step_grid
 from dmd_core.schedule import Schedule
 
@@ -52,7 +54,7 @@ def student_scheduler(
     if kind == "vp":
         return _checked_vp(config, timesteps)
     if kind == "edm":
-        return _edm(config, timesteps)
+        return _checked_edm(config, timesteps)
     return _checked_flow(config, timesteps, image_tokens, by_sigmas)
 
 
@@ -127,20 +129,32 @@ def _few_steps(config: dict, timesteps: Times) -> LCMScheduler:
 # ------------------------------------------------------------------ EDM
 
 
-def _edm(config: dict, timesteps: Times) -> EDMEulerScheduler:
-    """Euler's one step from σ_max to 0 is x̂₀."""
-    last = config["num_train_timesteps"] - 1
-    if timesteps != (last,):
-        raise ValueError(
-            f"an EDM student at the timesteps {list(timesteps)} cannot be exported: diffusers has "
-            "no scheduler that re-noises with EDM's preconditioning (its consistency scheduler "
-            f"tells the network another time); expected one step, at {last}"
-        )
-    # One step of the exponential schedule would be at σ_min.
-    one: dict[str, Any] = {"final_sigmas_type": "zero", "sigma_schedule": "karras"}
-    scheduler = EDMEulerScheduler.from_config(config, **one)
-    assert isinstance(scheduler, EDMEulerScheduler)
+def _checked_edm(config: dict, timesteps: Times) -> Any:
+    grid = edm_sigmas(EDMEulerScheduler.from_config(config))
+    scheduler, steps = _edm(config, grid, timesteps), len(timesteps)
+    scheduler.set_timesteps(steps)
+    nearest = (grid - scheduler.sigmas[:-1, None].double()).abs().argmin(1)
+    even = [round((len(grid) - 1) * (steps - k) / steps) for k in range(steps)]
+    _compare(tuple(nearest.tolist()), timesteps, even)
     return scheduler
+
+
+def _edm(config: dict, grid: torch.Tensor, timesteps: Times) -> Any:
+    """Euler's one step from σ_max to 0 is x̂₀. For several, the stochastic first-order step of
+    DPM-Solver++ on a grid that ends at the student's last σ: even in what the teacher's times
+    are even in, σ^(1/ρ) or log σ."""
+    if len(timesteps) == 1:
+        # One step of the exponential schedule would be at σ_min.
+        settings: dict[str, Any] = {"final_sigmas_type": "zero", "sigma_schedule": "karras"}
+        return EDMEulerScheduler.from_config(config, **settings)
+    settings = {
+        "algorithm_type": "sde-dpmsolver++",
+        "solver_order": 1,
+        "final_sigmas_type": "zero",
+        "sigma_min": float(grid[timesteps[-1]]),
+        "thresholding": False,
+    }
+    return EDMDPMSolverMultistepScheduler.from_config(config, **settings)
 
 
 # ------------------------------------------------------------------ flow

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline, LCMScheduler
+from diffusers import EDMEulerScheduler, FluxPipeline, LCMScheduler
+from peft import PeftModel
 
 from dmd_core.condition import Condition
 from dmd_core.export import LORA_FOLDER, check_exportable, export_student
@@ -21,6 +22,7 @@ from dmd_core.plain_call import (
     student_guidance,
     with_latents,
 )
+from dmd_core.schedule import Schedule
 from dmd_core.step_types import (
     LossSettings,
     PairedPart,
@@ -46,19 +48,20 @@ DMD, DMD2 = LossSettings(), LossSettings(reg=0.0, gan=5e-3)
 OFTEN = [
     ("sd", ONE, DMD), ("sd", FOUR, DMD2), ("sdxl", FOUR, DMD2), ("sd3", ONE, DMD),
     ("sd3", FOUR, DMD2), ("flux", ONE, DMD2), ("pixart", ONE, DMD2), ("edm", ONE, DMD2),
-    ("pixart", (400,), DMD), ("ddpm", FOUR, DMD2), ("unconditional", FOUR, DMD),
+    ("edm", FOUR, DMD2), ("pixart", (400,), DMD), ("ddpm", FOUR, DMD2),
+    ("unconditional", FOUR, DMD),
 ]  # fmt: skip
 REST = [
     ("sd v", ONE, DMD), ("sd v", FOUR, DMD2), ("sd", (399,), DMD2), ("sd", ONE, DMD2),
     ("sdxl", ONE, DMD), ("sdxl", ONE, DMD2), ("sdxl", FOUR, DMD), ("edm", ONE, DMD),
-    ("sd3", ONE, DMD2), ("sd3", FOUR, DMD),
+    ("edm", FOUR, DMD), ("sd3", ONE, DMD2), ("sd3", FOUR, DMD),
     ("sd3 dynamic", FOUR, DMD2), ("sd3 without t5", ONE, DMD2),
     ("flux", ONE, DMD), ("flux", FOUR, DMD2), ("flux schnell", ONE, DMD),
     ("flux schnell", FOUR, DMD2), ("pixart", ONE, DMD), ("pixart", FOUR, DMD2),
     ("ddpm", ONE, DMD), ("unconditional", ONE, DMD2),
 ]  # fmt: skip
-ADAPTED_OFTEN = [("sd", ONE, DMD), ("sd3", ONE, DMD), ("flux", FOUR, DMD2)]
-ADAPTED_REST = [(name, ONE, DMD) for name in ("sd v", "sdxl", "flux")]
+ADAPTED_OFTEN = [("sd", ONE, DMD), ("sd3", ONE, DMD), ("flux", FOUR, DMD2), ("edm", FOUR, DMD2)]
+ADAPTED_REST = [(name, ONE, DMD) for name in ("sd v", "sdxl", "flux", "pixart", "edm", "ddpm")]
 Case = tuple[str, tuple[int, ...] | None, LossSettings]
 
 
@@ -190,10 +193,11 @@ def test_adapters_alone_and_fused(families, tmp_path, name, times, losses):
     eps, steps = noise(teacher), len(networks.timesteps)
     noises, _ = _renoised(name, eps, steps)
     expected = networks.student.sample(noises, teacher.encode_prompts(PROMPTS))
+    expected = expected.clamp(-1, 1) if name in PIXELS else expected
     folder = _export(teacher, networks, tmp_path / "student", lora)
 
     def picture(pipeline) -> torch.Tensor:
-        arguments = {} if name == "flux" else {"guidance_scale": 0.0}
+        arguments = {} if name in PIXELS or name == "flux" else {"guidance_scale": 0.0}
         _, generator = _renoised(name, eps, steps)
         return call_by_hand(name, pipeline, eps, steps, **arguments, **generator)
 
@@ -202,18 +206,19 @@ def test_adapters_alone_and_fused(families, tmp_path, name, times, losses):
     alone = plain(families.folder(name))
     alone.scheduler = fused.scheduler
     bare = picture(alone)
-    alone.load_lora_weights(f"{folder}/{LORA_FOLDER}")
+    _put_adapters(alone, f"{folder}/{LORA_FOLDER}")
     torch.testing.assert_close(picture(alone), expected, rtol=1e-4, atol=1e-4)
     assert (bare - expected).abs().max() > 1e-3
 
 
-def test_a_few_step_edm_student_is_trained_but_not_exported(families):
-    teacher = families.teacher("edm")
-    _distil(teacher, TrainerSettings(timesteps=FOUR), DMD)
-    config = dict(teacher.pipeline.scheduler.config)
-    with pytest.raises(ValueError, match="no scheduler that re-noises with EDM's preconditioning"):
-        check_exportable(teacher.schedule, config, FOUR, teacher.family)
-    check_exportable(teacher.schedule, config, None, teacher.family)
+def _put_adapters(pipeline, folder: str) -> None:
+    """As the student's card says."""
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(folder)
+        return
+    part = family_of_pipeline(pipeline).model
+    adapted = PeftModel.from_pretrained(getattr(pipeline, part), folder)
+    pipeline.register_modules(**{part: adapted.merge_and_unload()})
 
 
 @pytest.mark.parametrize(
@@ -221,6 +226,8 @@ def test_a_few_step_edm_student_is_trained_but_not_exported(families):
     [
         ("sd3", (999, 700, 100), "evenly spaced times such as"),
         ("flux", (399,), "evenly spaced times such as"),
+        ("edm", (999, 700, 100), r"\(nearest: \[999, 549, 100\]\); expected .* \[999, 666, 333\]"),
+        ("edm", (749,), r"\(nearest: \[999\]\)"),
         ("sd3", (1000,), "the teacher's schedule has the times 0 to 999"),
     ],
 )
@@ -253,6 +260,16 @@ def test_flow_schedulers_have_the_student_s_times_as_their_default(shift, times)
     sigma = shift * sigma / (1 + (shift - 1) * sigma)
     torch.testing.assert_close(scheduler.sigmas[:-1], sigma, rtol=0, atol=1e-5)
     torch.testing.assert_close(scheduler.timesteps, 1000 * sigma, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["karras", "exponential"])
+@pytest.mark.parametrize("times", [(999, 499), (999, 666, 333), FOUR, (999, 980)])
+def test_edm_schedulers_have_the_student_s_times_as_their_default(kind, times):
+    teacher = EDMEulerScheduler(sigma_schedule=kind)
+    scheduler = student_scheduler(dict(teacher.config), times)
+    scheduler.set_timesteps(len(times))
+    sigma = Schedule.from_scheduler(teacher).sigmas[list(times)].float()
+    torch.testing.assert_close(scheduler.sigmas[:-1], sigma, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("name", ["sd3", "edm"])

@@ -86,6 +86,32 @@ def test_diffusing_follows_the_family_s_definition():
         torch.testing.assert_close(schedule.diffuse(x0, eps, t), expected)
 
 
+def test_renoising_gives_the_marginal_of_the_earlier_time(schedule):
+    """Picture and noises enter linearly: each alone gives its factor."""
+    one, zero = torch.ones(3, 1, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
+    t, s = torch.tensor([999, 500, 200]), torch.tensor([749, 499, 0])
+    alpha_t, sigma_t = schedule.coefficients(t, one)
+    alpha_s, sigma_s = schedule.coefficients(s, one)
+    picture = schedule.renoise(one, alpha_t * one, zero, t, s)
+    old = schedule.renoise(zero, sigma_t * one, zero, t, s)
+    new = schedule.renoise(zero, zero, one, t, s)
+    torch.testing.assert_close(picture, alpha_s)
+    torch.testing.assert_close(old**2 + new**2, sigma_s**2)
+
+
+@pytest.mark.parametrize("name", ["edm", "edm_v"])
+def test_edm_renoises_from_the_posterior_of_the_noisier_picture(name):
+    """x_s given x_t and x₀, by conditioning the joint Gaussian: Cov(x_s, x_t) = σ_s²."""
+    schedule, x0, x_t, eps = SCHEDULES[name], _normal(0, 3), 9 * _normal(1, 3), _normal(2, 3)
+    t, s = torch.tensor([999, 500, 200]), torch.tensor([749, 499, 0])
+    _, sigma_t = schedule.coefficients(t, x0)
+    _, sigma_s = schedule.coefficients(s, x0)
+    mean = x0 + sigma_s**2 / sigma_t**2 * (x_t - x0)
+    variance = sigma_s**2 - sigma_s**4 / sigma_t**2
+    found = schedule.renoise(x0, x_t, eps, t, s)
+    torch.testing.assert_close(found, mean + variance.sqrt() * eps)
+
+
 # ---------------------------------------------------------------------- α, σ, log-SNR, inverses
 
 
