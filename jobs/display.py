@@ -42,6 +42,9 @@ class Display:
     def done(self, text: str) -> None:
         self.console.print(Text.assemble(("✓", "green"), f" {text}"), soft_wrap=True)
 
+    def warn(self, text: str) -> None:
+        self.console.print(Text.assemble(("!", "yellow"), f" {text}"), soft_wrap=True)
+
     @contextmanager
     def stage(
         self,

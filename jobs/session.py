@@ -152,23 +152,35 @@ class Session:
         describe: Callable[[dict[str, Any]], str] = loss_fields,
     ) -> Iterator[Any]:
         """Yield a ProgressBoard handle for workers; show what they write on it. `describe`: the
-        board's fields in words, beside the rate."""
+        board's fields in words, beside the rate. What workers and this process warn of is shown as
+        it comes."""
         import ray
         from ray.exceptions import RayError
 
-        from pipelines.progress import ProgressBoard
+        from pipelines.progress import ProgressBoard, warnings_passed
 
         self.start_ray()
         board = _on_this_node(ProgressBoard).remote()
-        last: list[tuple[int, dict[str, Any]]] = [(0, {})]
+        last: tuple[int, dict[str, Any]] = (0, {})
+        shown = 0
 
         def read() -> tuple[int, dict[str, Any]]:
+            nonlocal last, shown
             with contextlib.suppress(RayError):  # a lost board must not end the work
-                last[0] = ray.get(board.read.remote(), timeout=10)
-            return last[0]
+                asked = [board.read.remote(), board.warnings.remote(shown)]
+                last, warned = ray.get(asked, timeout=10)
+                for one in warned:
+                    self.display.warn(one.text)
+                    shown = one.number
+            return last
 
-        with self.display.stage(title, total, unit, read, describe):
-            yield board
+        with warnings_passed(self.display.warn):
+            try:
+                with self.display.stage(title, total, unit, read, describe):
+                    yield board
+            finally:
+                if ray.is_initialized():
+                    read()  # what was warned of since
 
     def _log_path(self) -> str:
         """Where Ray's driver-side messages go: a file of the run, or of this machine."""

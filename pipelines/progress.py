@@ -1,10 +1,21 @@
-"""How workers tell the driver where they are: one tiny Ray actor that holds counters."""
+"""How workers tell the driver where they are: one tiny Ray actor that holds counters.
 
+What a process warns of in its log, a person at the driver should see: workers' warnings come with
+the counters, the driver's own are passed on as they arise (`warnings_passed`).
+"""
+
+import logging
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import ray
+
+_WARNINGS_KEPT, _SAME_WARNING_S = 50, 10.0
+_LOGGERS = ("dmd_core", "pipelines", "jobs")  # our packages
 
 
 @dataclass(frozen=True)
@@ -13,6 +24,15 @@ class DeviceFault:
 
     pair_ids: tuple[int, ...]
     reason: str
+
+
+@dataclass(frozen=True)
+class Warned:
+    """The `number`th warning of the work, counted from 1; `at`: seconds of the board's clock."""
+
+    number: int
+    text: str
+    at: float
 
 
 class Counters:
@@ -24,6 +44,7 @@ class Counters:
         self._fields: dict[str, Any] = {}
         self._failure: Exception | None = None
         self._device_faults: list[DeviceFault] = []
+        self._warnings: deque[Warned] = deque(maxlen=_WARNINGS_KEPT)
 
     def advance(self, count: int, rejected: int = 0, busy_s: float = 0.0) -> None:
         """`busy_s`: seconds that a worker spent on these rows."""
@@ -51,11 +72,43 @@ class Counters:
     def device_faults(self) -> list[DeviceFault]:
         return self._device_faults
 
+    def warn(self, text: str) -> None:
+        """What every worker says at once is one warning."""
+        now = time.monotonic()
+        if any(one.text == text and now - one.at < _SAME_WARNING_S for one in self._warnings):
+            return
+        number = self._warnings[-1].number + 1 if self._warnings else 1
+        self._warnings.append(Warned(number, text, now))
+
+    def warnings(self, after: int) -> list[Warned]:
+        """Those later than number `after`, of the last few."""
+        return [one for one in self._warnings if one.number > after]
+
     def read(self) -> tuple[int, dict[str, Any]]:
         return self._done, dict(self._fields)
 
 
 ProgressBoard = ray.remote(num_cpus=0)(Counters)
+
+
+@contextmanager
+def warnings_passed(say: Callable[[str], object]) -> Iterator[None]:
+    """In the block, `say` has the text of every warning that this process logs."""
+    handler = _Passing(say)
+    with ExitStack() as leaving:
+        for name in _LOGGERS:
+            logging.getLogger(name).addHandler(handler)
+            leaving.callback(logging.getLogger(name).removeHandler, handler)
+        yield
+
+
+class _Passing(logging.Handler):
+    def __init__(self, say: Callable[[str], object]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(record.getMessage())
 
 
 class Throttle:

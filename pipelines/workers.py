@@ -30,6 +30,7 @@ from ray.train.torch import TorchTrainer
 from pipelines.computing import prepare_computing
 from pipelines.device import worker_device
 from pipelines.placement import GroupPlacementSection
+from pipelines.progress import warnings_passed
 from pipelines.storage import Store
 
 T = TypeVar("T")
@@ -101,6 +102,7 @@ def run_worker_group(
     validation: ValidationConfig | None = None,
 ) -> None:
     """Run `loop(config)` on every worker until it returns; raises when it cannot be finished.
+    What workers warn of goes to the `board` in `config`, if there is one.
 
     `num_workers` (least, most): elastic. The loop starts again from its checkpoint whenever the
     group changes; `max_failures` does not count the loss of a preempted node.
@@ -111,7 +113,7 @@ def run_worker_group(
     resources = {"CPU": cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     trainer = partial(
         TorchTrainer,
-        loop,
+        partial(_with_warnings_shown, loop),
         train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=num_workers,
@@ -138,6 +140,14 @@ def run_worker_group(
             if stored() == before:
                 raise
             _logger.warning("workers failed, but came further; they are started again: %s", error)
+
+
+def _with_warnings_shown(loop: Callable[[dict[str, Any]], None], config: dict[str, Any]) -> None:
+    board = config.get("board")
+    if board is None:
+        return loop(config)
+    with warnings_passed(board.warn.remote):
+        return loop(config)
 
 
 @contextmanager
