@@ -63,12 +63,12 @@ def test_the_recipe_trains_exports_and_samples(name, tiny_teacher_dir, tmp_path,
     teacher = load_teacher(tiny_teacher_dir)
     networks = DmdNetworks(teacher, trainer_settings(section, 0), World())
     networks.load(found.parts)
-    student = networks.student()
-    eps = sample_noise([1, 2], teacher.latent_shape())
+    eps, steps = sample_noise([1, 2], teacher.latent_shape()), len(networks.timesteps)
     generator = torch.Generator().manual_seed(5)
-    again = [torch.randn(eps.shape, generator=generator) for _ in student.timesteps[1:]]
-    expected = student.sample([eps, *again], teacher.encode_prompts(PROMPTS[:2]))
-    latents = _sample_plainly(run / "student", eps, len(student.timesteps), tmp_path)
+    again = [torch.randn(eps.shape, generator=generator) for _ in range(steps - 1)]
+    with networks.averaged() as student:
+        expected = student.sample([eps, *again], teacher.encode_prompts(PROMPTS[:2]))
+    latents = _sample_plainly(run / "student", eps, steps, tmp_path)
     torch.testing.assert_close(latents, expected, rtol=1e-3, atol=1e-3)
     if name == "lora":
         assert (run / "student" / "lora" / "pytorch_lora_weights.safetensors").is_file()
