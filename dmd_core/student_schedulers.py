@@ -66,6 +66,11 @@ def _compare(found: Times, wanted: Times, even: list[int]) -> None:
         )
 
 
+def _nearest(grid: torch.Tensor, scheduler: Any) -> Times:
+    """The times of the scheduler's σ on the teacher's `grid` (T,)."""
+    return tuple((grid - scheduler.sigmas[:-1, None].double()).abs().argmin(1).tolist())
+
+
 # ------------------------------------------------------------------ variance-preserving
 
 
@@ -133,9 +138,8 @@ def _checked_edm(config: dict, timesteps: Times) -> Any:
     grid = edm_sigmas(EDMEulerScheduler.from_config(config))
     scheduler, steps = _edm(config, grid, timesteps), len(timesteps)
     scheduler.set_timesteps(steps)
-    nearest = (grid - scheduler.sigmas[:-1, None].double()).abs().argmin(1)
     even = [round((len(grid) - 1) * (steps - k) / steps) for k in range(steps)]
-    _compare(tuple(nearest.tolist()), timesteps, even)
+    _compare(_nearest(grid, scheduler), timesteps, even)
     return scheduler
 
 
@@ -164,9 +168,8 @@ def _checked_flow(config: dict, timesteps: Times, image_tokens: int | None, by_s
     scheduler, steps = _flow(config, timesteps, image_tokens, by_sigmas), len(timesteps)
     scheduler.set_timesteps(**step_grid(scheduler.config, steps, image_tokens, by_sigmas=by_sigmas))
     grid = Schedule.flow(config["num_train_timesteps"], flow_shift(config, image_tokens)).sigmas
-    nearest = (grid - scheduler.sigmas[:-1, None].double()).abs().argmin(1)
     even = [round(len(grid) * (steps - k) / steps) - 1 for k in range(steps)]
-    _compare(tuple(nearest.tolist()), timesteps, even)
+    _compare(_nearest(grid, scheduler), timesteps, even)
     return scheduler
 
 
