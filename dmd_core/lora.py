@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import recurse_remove_peft_layers
+from diffusers.utils import convert_state_dict_to_diffusers, recurse_remove_peft_layers
 from safetensors.torch import save_file
 from torch import nn
 
@@ -91,7 +91,6 @@ def fuse_lora(network: nn.Module) -> None:
 def save_for_diffusers(network: nn.Module, pipeline_class: Any, model: str, folder: Path) -> None:
     """The adapters alone, as the pipeline's `load_lora_weights` reads them. `model`: the name of
     the network among its components."""
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
 
     weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))

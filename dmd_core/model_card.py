@@ -147,11 +147,17 @@ def _call(family: Family, size: tuple[int, int], steps: int) -> str:
 
 
 def _adapters(family: Family) -> str:
-    how = "`load_lora_weights` on the teacher"
+    folder = "path/to/this/folder/lora"
+    call = f'pipe.load_lora_weights("{folder}")'
     if not family.loads_adapters:
-        how = f"peft's `PeftModel.from_pretrained(pipe.{family.model}, …)` on the teacher"
-    alone = f"The folder `lora/` holds the adapters alone, for {how} with this folder's scheduler."
-    return f"\n{alone}\n"
+        call = f'peft.PeftModel.from_pretrained(pipe.{family.model}, "{folder}")'
+    return f"""
+The folder `lora/` holds the adapters alone. On the teacher, with this folder's scheduler:
+
+```python
+{call}
+```
+"""
 
 
 def _guidance(family: Family) -> str:

@@ -190,7 +190,7 @@ class Schedule:
 
         EDM's scheduler keeps a little of x_t instead, with r = σ_s/σ_t the first-order step of
         SDE-DPM-Solver++ (Lu et al. 2022): x_s = r² x_t + (1 − r²) x̂₀ + σ_s √(1 − r²) ε. The noise
-        in x_s has the same σ_s; of four steps' r² the largest is 0.05.
+        in x_s has the same σ_s. At 999, 749, 499, 249 of EDM's own grid r² is 0.05, 0.02, 0.005.
         """
         if not self._is_edm:
             return self.diffuse(x0, eps, earlier)

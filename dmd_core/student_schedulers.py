@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
-import torch
 from diffusers import (
     DDIMScheduler,
     EDMDPMSolverMultistepScheduler,
@@ -64,11 +63,6 @@ def _compare(found: Times, wanted: Times, even: list[int]) -> None:
             f"no diffusers scheduler has the timesteps {list(wanted)} as its default (nearest: "
             f"{list(found)}); expected evenly spaced times such as {even}"
         )
-
-
-def _nearest(grid: torch.Tensor, scheduler: Any) -> Times:
-    """The times of the scheduler's σ on the teacher's `grid` (T,)."""
-    return tuple((grid - scheduler.sigmas[:-1, None].double()).abs().argmin(1).tolist())
 
 
 # ------------------------------------------------------------------ variance-preserving
@@ -135,15 +129,17 @@ def _few_steps(config: dict, timesteps: Times) -> LCMScheduler:
 
 
 def _checked_edm(config: dict, timesteps: Times) -> Any:
-    grid = edm_sigmas(EDMEulerScheduler.from_config(config))
-    scheduler, steps = _edm(config, grid, timesteps), len(timesteps)
-    scheduler.set_timesteps(steps)
-    even = [round((len(grid) - 1) * (steps - k) / steps) for k in range(steps)]
-    _compare(_nearest(grid, scheduler), timesteps, even)
-    return scheduler
+    total, steps = config["num_train_timesteps"], len(timesteps)
+    gap = round((timesteps[0] - timesteps[-1]) / max(steps - 1, 1))
+    _compare(_falling(total, gap, steps), timesteps, list(_falling(total, total // steps, steps)))
+    return _edm(config, timesteps)
 
 
-def _edm(config: dict, grid: torch.Tensor, timesteps: Times) -> Any:
+def _falling(total: int, gap: int, steps: int) -> Times:
+    return tuple(total - 1 - gap * k for k in range(steps))
+
+
+def _edm(config: dict, timesteps: Times) -> Any:
     """Euler's one step from σ_max to 0 is x̂₀. For several, the stochastic first-order step of
     DPM-Solver++ on a grid that ends at the student's last σ: even in what the teacher's times
     are even in, σ^(1/ρ) or log σ."""
@@ -151,6 +147,7 @@ def _edm(config: dict, grid: torch.Tensor, timesteps: Times) -> Any:
         # One step of the exponential schedule would be at σ_min.
         settings: dict[str, Any] = {"final_sigmas_type": "zero", "sigma_schedule": "karras"}
         return EDMEulerScheduler.from_config(config, **settings)
+    grid = edm_sigmas(EDMEulerScheduler.from_config(config))
     settings = {
         "algorithm_type": "sde-dpmsolver++",
         "solver_order": 1,
@@ -168,8 +165,9 @@ def _checked_flow(config: dict, timesteps: Times, image_tokens: int | None, by_s
     scheduler, steps = _flow(config, timesteps, image_tokens, by_sigmas), len(timesteps)
     scheduler.set_timesteps(**step_grid(scheduler.config, steps, image_tokens, by_sigmas=by_sigmas))
     grid = Schedule.flow(config["num_train_timesteps"], flow_shift(config, image_tokens)).sigmas
+    nearest = (grid - scheduler.sigmas[:-1, None].double()).abs().argmin(1)
     even = [round(len(grid) * (steps - k) / steps) - 1 for k in range(steps)]
-    _compare(_nearest(grid, scheduler), timesteps, even)
+    _compare(tuple(nearest.tolist()), timesteps, even)
     return scheduler
 
 

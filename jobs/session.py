@@ -152,8 +152,8 @@ class Session:
         describe: Callable[[dict[str, Any]], str] = loss_fields,
     ) -> Iterator[Any]:
         """Yield a ProgressBoard handle for workers; show what they write on it. `describe`: the
-        board's fields in words, beside the rate. What workers and this process warn of is shown as
-        it comes."""
+        board's fields in words, beside the rate. What this process and a training's workers warn of
+        is shown as it comes."""
         import ray
         from ray.exceptions import RayError
 
@@ -179,8 +179,9 @@ class Session:
                 with self.display.stage(title, total, unit, read, describe):
                     yield board
             finally:
-                if ray.is_initialized():
-                    read()  # what was warned of since
+                with contextlib.suppress(OSError):  # a closed terminal is not the work's failure
+                    if ray.is_initialized():
+                        read()  # what was warned of since
 
     def _log_path(self) -> str:
         """Where Ray's driver-side messages go: a file of the run, or of this machine."""

@@ -37,6 +37,7 @@ from pipelines.config import EvaluateSection
 from pipelines.run_folder import CHECKPOINTS
 from pipelines.storage import Store
 from pipelines.student_export import checkpoint_digest
+from pipelines.workers import last_line
 
 POINTER = "pointer.json"
 _ATTEMPTS = 2
@@ -249,7 +250,7 @@ def _evaluated(task: EvaluationTask, step: int) -> Evaluated:
         except TaskCancelledError:  # the run is being ended: another one will do it
             raise
         except RayError as error:
-            reason = _last_line(error)
+            reason = last_line(error)
             _logger.warning("evaluation of checkpoint %d failed: %s", step, reason)
     return Evaluated(step, provenance={"inputs": task.inputs}, error=reason)
 
@@ -260,12 +261,6 @@ def _mark(store: Store, step: int) -> str | None:
         return checkpoint_digest(store, step)[:16]
     except FileNotFoundError:
         return None
-
-
-def _last_line(error: RayError) -> str:
-    """What was raised, without the way there."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 def unplaceable(section: EvaluationSection, total: Mapping[str, float]) -> str:

@@ -1,7 +1,7 @@
 """How workers tell the driver where they are: one tiny Ray actor that holds counters.
 
-What a process warns of in its log, a person at the driver should see: workers' warnings come with
-the counters, the driver's own are passed on as they arise (`warnings_passed`).
+What is warned of in a log, a person at the driver should see: the warnings of a training's workers
+come with the counters, the driver's own are passed on as they arise (`warnings_passed`).
 """
 
 import logging
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 _WARNINGS_KEPT, _SAME_WARNING_S = 50, 10.0
 _LOGGERS = ("dmd_core", "pipelines", "jobs")  # our packages
@@ -93,7 +94,7 @@ ProgressBoard = ray.remote(num_cpus=0)(Counters)
 
 @contextmanager
 def warnings_passed(say: Callable[[str], object]) -> Iterator[None]:
-    """In the block, `say` has the text of every warning that this process logs."""
+    """In the block, `say` has the text of every warning that this process logs, beside its log."""
     handler = _Passing(say)
     with ExitStack() as leaving:
         for name in _LOGGERS:
@@ -108,7 +109,12 @@ class _Passing(logging.Handler):
         self._say = say
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._say(record.getMessage())
+        if logging.lastResort is not None and not logging.getLogger().handlers:
+            logging.lastResort.handle(record)  # stderr: Python asks it where it finds no other
+        try:
+            self._say(record.getMessage())
+        except (OSError, RayError, RuntimeError, TypeError, ValueError):
+            self.handleError(record)  # whoever warns goes on
 
 
 class Throttle:

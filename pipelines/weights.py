@@ -16,6 +16,7 @@ _TABLES = re.compile(
     r"(token_embedding|position_embedding|class_embedding|shared|embed_tokens|"
     r"relative_attention_bias)\.weight$"
 )
+_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 class WeightsError(ValueError):
@@ -45,8 +46,15 @@ class Weights:
     def adapters(self, rank: int, targets: tuple[str, ...]) -> int:
         """Parameters of low-rank adapters on the layers whose names end in one of `targets`."""
         ends = tuple(f".{target}.weight" for target in targets)
-        layers = (shape for name, shape in self.shapes.items() if f".{name}".endswith(ends))
+        named = ((_renamed(name), shape) for name, shape in self.shapes.items())
+        layers = (shape for name, shape in named if f".{name}".endswith(ends))
         return sum(rank * (shape[0] + prod(shape[1:])) for shape in layers)
+
+
+def _renamed(name: str) -> str:
+    """As diffusers calls it once it is loaded: attention of old pixel models had other names."""
+    block, _, layer = name.removesuffix(".weight").rpartition(".")
+    return f"{block}.{_ATTENTION[layer]}.weight" if layer in _ATTENTION else name
 
 
 def pipeline_weights(folder: str) -> list[Weights]:

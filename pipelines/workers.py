@@ -139,7 +139,17 @@ def run_worker_group(
         except WorkerGroupError as error:
             if stored() == before:
                 raise
-            _logger.warning("workers failed, but came further; they are started again: %s", error)
+            _logger.warning(
+                "workers failed, but came further; they are started again: %s",
+                last_line(error),
+                exc_info=error,
+            )
+
+
+def last_line(error: Exception) -> str:
+    """Of what a worker raised, without the way there."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _with_warnings_shown(loop: Callable[[dict[str, Any]], None], config: dict[str, Any]) -> None:

@@ -1,13 +1,20 @@
 """A student of every family: distilled for three steps, exported, loaded by plain diffusers, and
 its pictures are those of the student in memory."""
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
-from diffusers import EDMEulerScheduler, FluxPipeline, LCMScheduler
-from peft import PeftModel
+from diffusers import (
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FluxPipeline,
+    LCMScheduler,
+)
 
 from dmd_core.condition import Condition
 from dmd_core.export import LORA_FOLDER, check_exportable, export_student
@@ -212,13 +219,10 @@ def test_adapters_alone_and_fused(families, tmp_path, name, times, losses):
 
 
 def _put_adapters(pipeline, folder: str) -> None:
-    """As the student's card says."""
-    if hasattr(pipeline, "load_lora_weights"):
-        pipeline.load_lora_weights(folder)
-        return
-    part = family_of_pipeline(pipeline).model
-    adapted = PeftModel.from_pretrained(getattr(pipeline, part), folder)
-    pipeline.register_modules(**{part: adapted.merge_and_unload()})
+    """By the student's card's own line."""
+    card = (Path(folder).parent / "README.md").read_text()
+    (line,) = re.findall(r"^(?:pipe\.|peft\.).*/lora\"\)$", card, re.MULTILINE)
+    exec(line.replace("path/to/this/folder/lora", folder), {"pipe": pipeline, "peft": peft})
 
 
 @pytest.mark.parametrize(
@@ -226,7 +230,8 @@ def _put_adapters(pipeline, folder: str) -> None:
     [
         ("sd3", (999, 700, 100), "evenly spaced times such as"),
         ("flux", (399,), "evenly spaced times such as"),
-        ("edm", (999, 700, 100), r"\(nearest: \[999, 549, 100\]\); expected .* \[999, 666, 333\]"),
+        ("edm", (999, 749, 500, 250), r"\(nearest: \[999, 749, 499, 249\]\)"),
+        ("edm", (999, 700, 100), r"\(nearest: \[999, 549, 99\]\); expected .* \[999, 666, 333\]"),
         ("edm", (749,), r"\(nearest: \[999\]\)"),
         ("sd3", (1000,), "the teacher's schedule has the times 0 to 999"),
     ],
@@ -262,14 +267,51 @@ def test_flow_schedulers_have_the_student_s_times_as_their_default(shift, times)
     torch.testing.assert_close(scheduler.timesteps, 1000 * sigma, rtol=0, atol=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["karras", "exponential"])
+EDM_TEACHERS = {
+    "euler": EDMEulerScheduler(),
+    "exponential": EDMEulerScheduler(sigma_schedule="exponential", sigma_data=0.7),
+    "clipping": EDMDPMSolverMultistepScheduler(thresholding=True, sample_max_value=0.5),
+    "v": EDMDPMSolverMultistepScheduler(
+        prediction_type="v_prediction", final_sigmas_type="sigma_min", solver_type="heun",
+        euler_at_final=True, sigma_min=0.02, sigma_max=50.0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(EDM_TEACHERS))
 @pytest.mark.parametrize("times", [(999, 499), (999, 666, 333), FOUR, (999, 980)])
-def test_edm_schedulers_have_the_student_s_times_as_their_default(kind, times):
-    teacher = EDMEulerScheduler(sigma_schedule=kind)
-    scheduler = student_scheduler(dict(teacher.config), times)
+def test_an_edm_student_s_scheduler_renoises_as_its_training_does(name, times):
+    teacher = EDM_TEACHERS[name]
+    schedule, scheduler = (
+        Schedule.from_scheduler(teacher),
+        student_scheduler(dict(teacher.config), times),
+    )
     scheduler.set_timesteps(len(times))
-    sigma = Schedule.from_scheduler(teacher).sigmas[list(times)].float()
-    torch.testing.assert_close(scheduler.sigmas[:-1], sigma, rtol=1e-4, atol=0)
+    torch.manual_seed(0)
+    x_t = torch.randn(2, 3, 4, 4) * scheduler.init_noise_sigma
+    for k, told in enumerate(scheduler.timesteps):
+        t, output = torch.full((2,), times[k]), torch.randn_like(x_t)
+        torch.testing.assert_close(told, schedule.network_time(t)[0], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            scheduler.scale_model_input(x_t, told), schedule.network_input(x_t, t)
+        )
+        x0 = expected = schedule.x0_from_output(output, x_t, t)
+        if k + 1 < len(times):
+            eps = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(k))
+            expected = schedule.renoise(x0, x_t, eps, t, torch.full((2,), times[k + 1]))
+        drawn = torch.Generator().manual_seed(k)
+        x_t = scheduler.step(output, told, x_t, generator=drawn).prev_sample
+        torch.testing.assert_close(x_t, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", range(1, 17))
+def test_the_times_that_a_refusal_suggests_are_taken(steps):
+    config = dict(EDMEulerScheduler().config)
+    with pytest.raises(ValueError, match="expected evenly spaced") as refused:
+        student_scheduler(config, tuple(range(990, 990 - steps, -1)))
+    suggested = tuple(json.loads(str(refused.value).partition("times such as ")[2]))
+    assert len(suggested) == steps
+    student_scheduler(config, suggested)
 
 
 @pytest.mark.parametrize("name", ["sd3", "edm"])

@@ -1,6 +1,9 @@
 """What a worker warns of, somewhere on a cluster, is seen by whoever waits for the verb."""
 
 import logging
+import subprocess
+import sys
+from contextlib import nullcontext
 
 import pytest
 from ray.train import WorkerGroupError
@@ -23,12 +26,11 @@ def _warning_loop(config: dict) -> None:
 def test_a_worker_s_warning_is_shown_by_the_verb(tmp_path, capfd, fails):
     group = {"num_workers": 1, "cpus_per_worker": 1, "use_gpu": False, "max_failures": 0}
     store = open_store(str(tmp_path / "run"))
+    ends = pytest.raises(WorkerGroupError, match="for good") if fails else nullcontext()
     with open_session("tiny", [f"run.dir={store.url}"]) as session, session.watch("t", 1, "") as b:
-        try:
+        with ends:
             config = {"board": b, "fails": fails}
             run_worker_group(_warning_loop, config, store=store, stored=lambda: 0, **group)
-        except WorkerGroupError as error:
-            assert fails and "for good" in str(error)
         logging.getLogger("pipelines.anything").warning("of the driver's own")
     shown = capfd.readouterr().err
     assert shown.count("! the last save: trying again\n") == 1
@@ -64,3 +66,22 @@ def test_warnings_of_our_packages_are_passed_on_within_the_block():
         logging.getLogger("ray").warning("another's")
     logging.getLogger("pipelines.run_log").warning("after")
     assert said == ["3 parts"]
+
+
+_LOGGED = """
+import logging
+from pipelines.progress import warnings_passed
+
+def closed(text):
+    raise BrokenPipeError(text)
+
+with warnings_passed(closed):
+    logging.getLogger("pipelines.run_log").warning("store away")
+print("went on")
+"""
+
+
+def test_a_warning_stays_in_the_log_and_whoever_warns_goes_on():
+    """In a process without logging of its own, and where nobody can be told."""
+    done = subprocess.run([sys.executable, "-c", _LOGGED], capture_output=True, text=True)
+    assert done.stdout == "went on\n" and done.stderr.startswith("store away\n")

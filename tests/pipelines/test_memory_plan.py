@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from dmd_core.decoder import decoded
 from dmd_core.families import FAMILIES
-from dmd_core.lora import LoraSettings, add_lora
+from dmd_core.lora import DEFAULT_TARGETS, LoraSettings, add_lora
 from dmd_core.miniature import MiniatureSize, build_unet
 from dmd_core.networks import DmdNetworks
 from dmd_core.parallel import World
@@ -40,7 +40,7 @@ from pipelines.network_sizes import NetworkSizes
 from pipelines.stage_settings import StageKeys
 from pipelines.train_config import TrainSection
 from pipelines.train_settings import trainer_settings
-from pipelines.weights import WeightsError, denoiser_of, pipeline_weights
+from pipelines.weights import Weights, WeightsError, denoiser_of, pipeline_weights
 from tests.dmd_core.test_true_sd15 import VAE
 from tests.dmd_core.tiny_families import BUILDERS
 
@@ -103,6 +103,16 @@ def test_adapters_are_counted_as_peft_makes_them(tiny_teacher_dir):
     counted = denoiser_of(pipeline_weights(tiny_teacher_dir)).adapters(4, settings.targets)
     add_lora(unet, settings, 0)
     assert counted == sum(p.numel() for p in unet.parameters() if p.requires_grad) > 0
+
+
+def test_adapters_on_attention_of_the_old_names_are_counted():
+    """Pixel models saved before diffusers renamed it; loaded, they have today's names."""
+    old = ("query", "key", "value", "proj_attn")
+    block = "mid_block.attentions.0"
+    shapes = {f"{block}.{name}.weight": (8, 8) for name in old}
+    today = {f"{block}.{name}.weight": (8, 8) for name in DEFAULT_TARGETS}
+    counted = [Weights("unet", s).adapters(2, DEFAULT_TARGETS) for s in (shapes, today)]
+    assert counted == [4 * 2 * (8 + 8)] * 2
 
 
 @pytest.mark.parametrize("name", BUILDERS)
