@@ -143,19 +143,21 @@ def _edm(config: dict, timesteps: Times) -> Any:
     """Euler's one step from σ_max to 0 is x̂₀. For several, the stochastic first-order step of
     DPM-Solver++ on a grid that ends at the student's last σ: even in what the teacher's times
     are even in, σ^(1/ρ) or log σ."""
+    euler = _known(EDMEulerScheduler, config)
     if len(timesteps) == 1:
         # One step of the exponential schedule would be at σ_min.
-        settings: dict[str, Any] = {"final_sigmas_type": "zero", "sigma_schedule": "karras"}
-        return EDMEulerScheduler.from_config(config, **settings)
-    grid = edm_sigmas(EDMEulerScheduler.from_config(config))
-    settings = {
+        one: dict[str, Any] = {"final_sigmas_type": "zero", "sigma_schedule": "karras"}
+        return EDMEulerScheduler(**(euler | one))
+    grid = edm_sigmas(EDMEulerScheduler(**euler))
+    several: dict[str, Any] = {
         "algorithm_type": "sde-dpmsolver++",
         "solver_order": 1,
         "final_sigmas_type": "zero",
         "sigma_min": float(grid[timesteps[-1]]),
         "thresholding": False,
     }
-    return EDMDPMSolverMultistepScheduler.from_config(config, **settings)
+    known = _known(EDMDPMSolverMultistepScheduler, config)
+    return EDMDPMSolverMultistepScheduler(**(known | several))
 
 
 # ------------------------------------------------------------------ flow
