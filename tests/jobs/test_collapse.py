@@ -75,7 +75,7 @@ def test_a_rule_added_later_without_a_state_to_go_back_to(ray_cluster, recipe, t
 
 @pytest.mark.slow
 def test_the_same_recipe_without_the_rule_does_collapse(ray_cluster, recipe, tmp_path, capfd):
-    off = {"train__health": "{rules: []}", "train__max_train_steps": 8}
+    off = {"train__health": "{rules: []}", "train__max_train_steps": STEPS}
     code, err = run_tiny("train", recipe, off, capfd)
     assert code == 0, err
     assert max(line["sample_std"] for line in _lines(tmp_path)) > 2 * LIMIT

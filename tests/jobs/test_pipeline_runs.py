@@ -137,12 +137,12 @@ def test_a_chain_killed_in_training_and_in_evaluation_goes_on(settings):
     assert not chain.find("steps/train.json")
     sealed = (chain.run / "steps" / "regenerate.json").stat().st_mtime_ns
 
-    chain.kill_when(lambda: bool(chain.find("evaluation/*/*.parquet")))
+    chain.kill_when(lambda: bool(chain.find("evaluation/*/*/*.parquet")))
     assert len(chain.find("metrics.jsonl")) == 1, "the training went on in its folder"
     lines = [json.loads(line) for line in chain.find("metrics.jsonl")[0].read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 61))
     assert chain.find("steps/export.json") and not chain.find("steps/evaluate.json")
-    sampled = {p: p.stat().st_mtime_ns for p in chain.find("evaluation/*/*.parquet")}
+    sampled = {p: p.stat().st_mtime_ns for p in chain.find("evaluation/*/*/*.parquet")}
 
     said = chain.finish()
     assert "train: nothing to do" in said and "evaluate: not done yet" in said
