@@ -54,6 +54,7 @@ def main() -> int:
     check.add_argument("--gpus", type=float, default=0, help="GPUs that they share")
     collecting = actions.add_parser("collect")
     collecting.add_argument("--run", required=True)
+    collecting.add_argument("--teacher-run", default="", help="where its teacher was trained")
     collecting.add_argument("--name", required=True)
     collecting.add_argument("--seconds", action="append", default=[])
     collecting.add_argument("--check", help="what `check` has printed, as a file")
@@ -62,7 +63,8 @@ def main() -> int:
     if options.action == "check":
         print(json.dumps(measure(options), indent=1))
         return 0
-    content = collect(Path(options.run), dict(pair.split("=") for pair in options.seconds))
+    seconds = dict(pair.split("=") for pair in options.seconds)
+    content = collect(Path(options.run), Path(options.teacher_run or options.run), seconds)
     if options.check:
         content["train_against_test"] = json.loads(Path(options.check).read_text())
     content["hardware"]["note"] = options.note
@@ -128,10 +130,11 @@ def _features(options: argparse.Namespace, weights: str, store: Store, split: st
     )
 
 
-def collect(run: Path, seconds: dict[str, str]) -> dict[str, Any]:
+def collect(run: Path, teacher_run: Path, seconds: dict[str, str]) -> dict[str, Any]:
     """A run's metrics with what they were made with; `seconds`: verb → wall time."""
     metrics = json.loads((run / METRICS).read_text())
-    losses = [json.loads(line) for line in (run / "teacher_metrics.jsonl").read_text().splitlines()]
+    lines = (teacher_run / "teacher_metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line) for line in lines]
     tail = [entry["loss_unet"] for entry in losses[-5:]]
     return metrics | {
         "published": _PUBLISHED,
@@ -144,6 +147,7 @@ def collect(run: Path, seconds: dict[str, str]) -> dict[str, Any]:
         "hardware": {
             "machine": platform.machine(),
             "cores": os.cpu_count(),
+            "versions": json.loads((run / "versions.json").read_text()),
         },
         "validation": {
             path.stem: json.loads(path.read_text())["metrics"]
