@@ -124,7 +124,6 @@ def hand_written(work: dict[str, Any]) -> dict[str, Any]:
                 steps=section.steps,
                 guidance_scale=section.guidance_scale,
                 negative_prompt=section.negative_prompt,
-                compute_dtype=_dtype(section.compute_dtype),
             )
             pairs = PairBatch(tuple(ids), tuple(prompts), noise, latents.to("cpu", dtype))
             tables.append(encode_pairs(pairs, seeds, fingerprint=fingerprint, provenance=versions))

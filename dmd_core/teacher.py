@@ -95,20 +95,26 @@ class Teacher:
         """What guidance moves away from, B rows: "" is the family's own default."""
         return self.encoder.negatives(prompts, self.size)
 
-    def network(self, compute_dtype: torch.dtype = torch.float32) -> RawNetwork:
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What it was loaded to be used in; the methods below take another one to use it so."""
+        return self.encoder.compute_dtype
+
+    def network(self, compute_dtype: torch.dtype | None = None) -> RawNetwork:
         """The network as (x_t, t, cond) → raw output, float32."""
-        raw = DiffusersNetwork(self.model)
-        if compute_dtype == torch.float32:
+        raw, dtype = DiffusersNetwork(self.model), compute_dtype or self.compute_dtype
+        if dtype == torch.float32:
             return raw
 
         def mixed(x_t: torch.Tensor, t: torch.Tensor, cond: Condition) -> torch.Tensor:
-            with torch.autocast(x_t.device.type, dtype=compute_dtype):
+            with torch.autocast(x_t.device.type, dtype=dtype):
                 return raw(x_t, t, cond).float()
 
         return mixed
 
-    def denoiser(self, compute_dtype: torch.dtype = torch.float32) -> NetworkDenoiser:
-        return NetworkDenoiser(DiffusersNetwork(self.model), self.schedule, compute_dtype)
+    def denoiser(self, compute_dtype: torch.dtype | None = None) -> NetworkDenoiser:
+        dtype = compute_dtype or self.compute_dtype
+        return NetworkDenoiser(DiffusersNetwork(self.model), self.schedule, dtype)
 
     def solve(
         self,
@@ -119,7 +125,7 @@ class Teacher:
         steps: int,
         guidance_scale: float,
         negative_prompt: str | Sequence[str] = "",
-        compute_dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """The guided ODE from ε (B,C,h,w) to x₀ (B,C,h,w), float32, on `device`.
 
@@ -127,7 +133,7 @@ class Teacher:
         the text encoders; the ODE is integrated in float32.
         """
         size, tokens = self.geometry.pixels(eps.shape), self.geometry.image_tokens(eps.shape)
-        encoder = replace(self.encoder, compute_dtype=compute_dtype)
+        encoder = replace(self.encoder, compute_dtype=compute_dtype or self.compute_dtype)
         cond = encoder.prompts(prompts, size)
         uncond = cond.rows(slice(1))  # not looked at without guidance
         if guidance_scale > 1.0 and cond.guidance is None:

@@ -87,7 +87,7 @@ class TeacherHere:
         except IndexError as error:  # of `dmd pairs` itself it would be one row's fault
             raise PromptError(f"the first prompt of pairs.prompts: {error}") from error
         t = torch.full((count,), teacher.schedule.num_timesteps - 1, device=teacher.device)
-        network = teacher.network(getattr(torch, section.compute_dtype))
+        network = teacher.network()
         for _ in range(2):
             started = time.perf_counter()
             network(eps, t, cond).cpu()

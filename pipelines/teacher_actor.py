@@ -168,7 +168,6 @@ class TeacherActor:
             negative_prompt=[
                 section.negative_prompt if text is None else text for text in negatives
             ],
-            compute_dtype=getattr(torch, section.compute_dtype),
         )
 
 

@@ -192,7 +192,6 @@ def _solved(
             latents, [prompt],
             solver=plan.solver, steps=steps,
             guidance_scale=plan.guidance_scale, negative_prompt=plan.negative_prompt,
-            compute_dtype=getattr(torch, plan.compute_dtype),
         )  # fmt: skip
         return teacher.decode(samples)
 
