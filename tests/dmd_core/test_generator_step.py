@@ -195,7 +195,11 @@ def test_few_step_student_trains_on_its_own_renoised_outputs(family, step):
         alpha, sigma = (
             c[later].float().view(B, 1, 1, 1) for c in (schedule.alphas, schedule.sigmas)
         )
-        x_t = alpha * x0 + sigma * noise.z[k + 1]
+        fresh = alpha * x0 + sigma * noise.z[k + 1]
+        if family == "edm":  # what x_t has of the later noise is kept, the posterior of x_s
+            r = (schedule.sigmas[later] / schedule.sigmas[now]).float().view(B, 1, 1, 1)
+            fresh = x0 + r**2 * (x_t - x0) + sigma * (1 - r**2).sqrt() * noise.z[k + 1]
+        x_t = fresh
     x = denoise(x_t, torch.full((B,), FEW_STEPS[step]), COND)
     torch.testing.assert_close(result.x, x.detach(), rtol=1e-5, atol=1e-5)
 
