@@ -91,8 +91,8 @@ def test_workers_are_counted_by_machine_however_many_nodes_it_plays(monkeypatch)
 class _Trainer:
     """Of Ray Train: stores what it is told and fails as often as it is told."""
 
-    def __init__(self, loop, *, run_config, **_):
-        self.steps, self.runs = loop
+    def __init__(self, loop, *, train_loop_config, run_config, **_):
+        self.steps, self.runs = train_loop_config["steps"], train_loop_config["runs"]
         self.runs.append(run_config.name)
 
     def fit(self):
@@ -115,7 +115,8 @@ def test_failures_are_counted_anew_where_more_is_stored(tmp_path, monkeypatch, s
     ends = starts == len(steps)
     with nullcontext() if ends else pytest.raises(WorkerGroupError, match="died at 500"):
         pool.run_worker_group(
-            (left, runs), {}, store=open_store(str(tmp_path)), num_workers=1, cpus_per_worker=1,
+            lambda config: None, {"steps": left, "runs": runs},
+            store=open_store(str(tmp_path)), num_workers=1, cpus_per_worker=1,
             use_gpu=False, max_failures=0, stored=lambda: max(stored(), default=0),
         )  # fmt: skip
     assert len(runs) == len(set(runs)) == starts
