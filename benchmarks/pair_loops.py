@@ -104,7 +104,7 @@ def hand_written(work: dict[str, Any]) -> dict[str, Any]:
     teacher = load_teacher(
         resolve_shipped(recipe.teacher.path),
         device=device,
-        compute_dtype=getattr(torch, recipe.pairs.compute_dtype),
+        compute_dtype=_dtype(section.compute_dtype),
     )
     fingerprint, versions = fingerprint_of(section, teacher.revision), library_versions()
     shape, dtype = teacher.latent_shape(section.height, section.width), _dtype(section.dtype)

@@ -282,10 +282,8 @@ EDM_TEACHERS = {
 @pytest.mark.parametrize("times", [(999, 499), (999, 666, 333), FOUR, (999, 980)])
 def test_an_edm_student_s_scheduler_renoises_as_its_training_does(name, times):
     teacher = EDM_TEACHERS[name]
-    schedule, scheduler = (
-        Schedule.from_scheduler(teacher),
-        student_scheduler(dict(teacher.config), times),
-    )
+    schedule = Schedule.from_scheduler(teacher)
+    scheduler = student_scheduler(dict(teacher.config), times)
     scheduler.set_timesteps(len(times))
     torch.manual_seed(0)
     x_t = torch.randn(2, 3, 4, 4) * scheduler.init_noise_sigma
