@@ -6,21 +6,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
 from benchmarks.parity_reference import add_clone, shake
+from benchmarks.published import letters_tokenizer, write_published
 from dmd_core.miniature import (
-    BOS,
-    EOS,
     MiniatureSize,
-    Vocabulary,
     assemble,
     build_scheduler,
     build_text_encoder,
     build_unet,
     build_vae,
-    make_tokenizer,
 )
 
 # Packages that DMD2's scripts import; what is run of them needs none.
@@ -46,10 +42,6 @@ _SD_SIZES = {
         norm_groups=4,
     ),
     "small": MiniatureSize(image_size=64, unet_channels=(96, 192)),
-    # SD 1.5's text encoder and picture size; its UNet and VAE are built below.
-    "full": MiniatureSize(
-        image_size=512, text_dim=768, text_layers=12, heads=12, max_tokens=77, vocabulary=49408
-    ),
 }
 _EDM_SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -128,26 +120,17 @@ class Contestant:
 
 def write_teacher(size: str, folder: Path) -> None:
     """A Stable Diffusion teacher of random weights, which predicts ε, as theirs must."""
+    if size == "full":
+        return write_published("sd15", folder)
     shape = _SD_SIZES[size]
     torch.manual_seed(0)
-    tokenizer = make_tokenizer(_letters(), shape)
-    unet, vae = build_unet(shape), build_vae(shape)
-    if size == "full":
-        unet = UNet2DConditionModel(cross_attention_dim=768)  # every other default is SD 1.5's
-        settings: dict[str, Any] = {
-            "block_out_channels": (128, 256, 512, 512),
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "layers_per_block": 2,
-            "sample_size": 512,
-        }
-        vae = AutoencoderKL(**settings)
+    tokenizer = letters_tokenizer(shape)
     pipeline = assemble(
         {
-            "vae": vae,
+            "vae": build_vae(shape),
             "text_encoder": build_text_encoder(shape, tokenizer),
             "tokenizer": tokenizer,
-            "unet": unet,
+            "unet": build_unet(shape),
             "scheduler": build_scheduler("epsilon"),
         }
     )
@@ -178,9 +161,3 @@ def prompts(case: Case) -> tuple[str, ...]:
     return tuple(
         f"a picture of {chr(97 + row % 26) * (1 + row // 26)}" for row in range(case.batch_size)
     )
-
-
-def _letters() -> Vocabulary:
-    letters = [chr(code) for code in range(97, 123)]
-    tokens = [BOS, EOS, *letters, *(f"{letter}</w>" for letter in letters)]
-    return Vocabulary({token: index for index, token in enumerate(tokens)}, ())

@@ -16,6 +16,7 @@ from dmd_core.pass_memory import PassMemory, UnknownNetworkError, pass_memory
 from dmd_core.prediction_check import UNTRAINED, check_prediction, has_readings
 from dmd_core.teacher import folder_schedule, load_teacher
 from jobs.doctor_checks import Check, one_line
+from jobs.placement import is_embedded
 from jobs.plans import size_in_words
 from jobs.session import Session
 from jobs.teacher_here import pair_source
@@ -78,23 +79,25 @@ class TeacherChecks:
     @property
     def checkpoint_space(self) -> int:
         """Bytes of the checkpoints that a training keeps at once."""
-        section = self._session.recipe.train
-        return checkpoint_bytes(self._sizes, section) * (section.checkpoints_total_limit + 1)
+        return self._checkpoint * (self._session.recipe.train.checkpoints_total_limit + 1)
 
     # ------------------------------------------------------------------ memory
 
     def memory(self) -> list[Check]:
-        """Training and teachers against usual GPUs, those of this machine, or its RAM."""
+        """Training and teachers against usual GPUs, those of this machine, or its RAM; and the copy
+        in RAM of what is being saved, of which the workers have a share each."""
         recipe = self._session.recipe
-        plan = self._training(recipe.train)
+        plan, on_gpu = self._training(recipe.train), recipe.train.use_gpu
         sampling = sampling_memory(
             self._sizes, recipe.pairs, self._passes, distilled=self._distilled
         )
         return [
             self._training_check(plan),
             self._here(
-                "memory: training here", plan, recipe.train.use_gpu, 1, recipe.train.most_workers
+                "memory: training here", plan, on_gpu, 1, recipe.train.most_workers,
+                saved=0 if on_gpu else self._checkpoint,
             ),
+            *([self._saving()] if on_gpu else []),
             self._here(
                 "memory: teachers here", sampling, recipe.pairs.gpus_per_actor > 0,
                 _share(recipe.pairs.gpus_per_actor), recipe.pairs.most_actors,
@@ -118,20 +121,38 @@ class TeacherChecks:
         return Check("memory: training", "ok" if fits else "warn", found, "; ".join(advice))
 
     def _here(
-        self, name: str, plan: MemoryPlan, on_gpu: bool, per_gpu: int, processes: int
+        self,
+        name: str,
+        plan: MemoryPlan,
+        on_gpu: bool,
+        per_gpu: int,
+        processes: int,
+        saved: int = 0,
     ) -> Check:
-        """`per_gpu` processes share a GPU; without GPUs all of them share the RAM."""
+        """`per_gpu` processes share a GPU; without GPUs all of them share the RAM, with the bytes
+        that are `saved` meanwhile."""
         if on_gpu and not torch.cuda.is_available():
             return self._elsewhere(name, plan, per_gpu)
         if on_gpu:
             room, count = torch.cuda.get_device_properties(0).total_memory, per_gpu
         else:
             room, count = psutil.virtual_memory().total, processes
-        need = count * plan.total
-        found = f"{count} × {size_in_words(plan.total)} of {size_in_words(room)}"
+        need = count * plan.total + saved
+        copy = f" + {size_in_words(saved)} for the copy that is saved," if saved else ""
+        found = f"{count} × {size_in_words(plan.total)}{copy} of {size_in_words(room)}"
         if need <= room:
             return Check(name, "ok", found)
         return Check(name, "fail", found, "fewer or smaller workers; see memory: training")
+
+    def _saving(self) -> Check:
+        room, copy = psutil.virtual_memory().total, size_in_words(self._checkpoint)
+        found = f"{copy} of host memory, of all workers together, for the copy that is saved"
+        if not is_embedded(self._session.recipe):
+            return Check("memory: saving", "ok", f"{found}; the machines are the cluster's")
+        found += f"; {size_in_words(room)} here"
+        if self._checkpoint <= room:
+            return Check("memory: saving", "ok", found)
+        return Check("memory: saving", "fail", found, "train.trainable: lora, or more machines")
 
     def _elsewhere(self, name: str, plan: MemoryPlan, per_gpu: int) -> Check:
         """Without a GPU here: the sum of those that share one, and which of the usual ones have
@@ -150,6 +171,10 @@ class TeacherChecks:
 
     def _training(self, section: TrainSection) -> MemoryPlan:
         return training_memory(self._sizes, section, self._passes, distilled=self._distilled)
+
+    @property
+    def _checkpoint(self) -> int:
+        return checkpoint_bytes(self._sizes, self._session.recipe.train)
 
     @cached_property
     def _sizes(self) -> NetworkSizes:

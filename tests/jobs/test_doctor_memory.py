@@ -1,13 +1,18 @@
 """The doctor's look at memory: what it says where there is nothing here to compare with."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from dmd_core.pass_memory import PassMemory, UnknownNetworkError
 from jobs import doctor_teacher
 from jobs.doctor_checks import Check
 from jobs.doctor_teacher import TeacherChecks
+from jobs.plans import size_in_words
 from jobs.session import open_session
+from pipelines.memory_plan import MemoryPlan
 
 MIB = 2**20
 ALL = "24 GB, 40 GB, 80 GB, 141 GB"
@@ -67,3 +72,44 @@ def test_a_network_that_cannot_be_played_through_ends_no_other_check(tiny_teache
     checks = memory(tiny_teacher_dir, "pairs.gpus_per_actor=1")
     for what in ("memory: training", "memory: teachers here"):
         assert "comes on top (UNet2DConditionModel does not run" in checks[what].found
+
+
+def test_the_copy_that_is_saved_takes_memory_of_the_machine(tiny_teacher_dir, monkeypatch):
+    """Weights and Adam's moments of both networks, in float32, and nothing of the frozen ones."""
+    unet = teacher_parameters(tiny_teacher_dir)
+    copy = 2 * 12 * unet
+    room = SimpleNamespace(total=10 * copy)
+    monkeypatch.setattr("jobs.doctor_teacher.psutil.virtual_memory", lambda: room)
+    words = size_in_words(copy)
+    without_gpu = memory(tiny_teacher_dir, "train.use_gpu=false")
+    assert f" + {words} for the copy that is saved," in without_gpu["memory: training here"].found
+    assert "memory: saving" not in without_gpu
+
+    on_gpu = memory(tiny_teacher_dir, "train.use_gpu=true")
+    assert on_gpu["memory: saving"].status == "ok"
+    assert on_gpu["memory: saving"].found.startswith(f"{words} of host memory")
+    assert "copy" not in on_gpu["memory: training here"].found
+    room.total = copy - 1
+    small = memory(tiny_teacher_dir, "train.use_gpu=true")["memory: saving"]
+    assert small.status == "fail" and "lora" in small.advice
+    cluster = ["train.use_gpu=true", "ray.address=head:6379"]
+    assert memory(tiny_teacher_dir, *cluster)["memory: saving"].status == "ok"
+
+
+def test_what_is_saved_counts_where_a_training_has_no_gpu(tiny_teacher_dir, monkeypatch):
+    """A machine that has room for the training, and not for the copy beside it, is refused."""
+    copy = 2 * 12 * teacher_parameters(tiny_teacher_dir)
+    monkeypatch.setattr(
+        "jobs.doctor_teacher.training_memory", lambda *_, **__: MemoryPlan({"all": copy}, True)
+    )
+    room = SimpleNamespace(total=2 * copy)
+    monkeypatch.setattr("jobs.doctor_teacher.psutil.virtual_memory", lambda: room)
+    assert memory(tiny_teacher_dir)["memory: training here"].status == "ok"
+    room.total -= 1
+    assert memory(tiny_teacher_dir)["memory: training here"].status == "fail"
+
+
+def teacher_parameters(folder: str) -> int:
+    return sum(
+        p.numel() for p in UNet2DConditionModel.from_pretrained(f"{folder}/unet").parameters()
+    )

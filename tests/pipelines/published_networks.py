@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from benchmarks.published import ARCHITECTURES
 from dmd_core.pass_memory import PassMemory
 from pipelines.network_sizes import FLOAT, NetworkSizes
 
@@ -12,7 +13,6 @@ from pipelines.network_sizes import FLOAT, NetworkSizes
 _CLIP_L, _CLIP_G = (123_060_480, 84_934_656), (694_659_840, 630_784_000)
 _T5_XXL = (4_762_310_656, 4_630_511_616)
 _VAE = 83_653_863
-_CROSS = "CrossAttnDownBlock2D"
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,6 @@ class Published:
         )
 
 
-_SD15 = {
-    "sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768,
-    "attention_head_dim": 8, "down_block_types": (*(_CROSS,) * 3, "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-}  # fmt: skip
-_SDXL = {
-    "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20), "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True, "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-    "down_block_types": ("DownBlock2D", _CROSS, _CROSS),
-    "up_block_types": (*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
-}  # fmt: skip
 _SD3 = {
     "sample_size": 128, "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
     "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
@@ -82,7 +69,7 @@ _PIXEL = {
 }  # fmt: skip
 PUBLISHED = {
     "sd15": Published(
-        "UNet2DConditionModel", _SD15, (4, 64, 64), (512, 512), (_CLIP_L,),
+        "UNet2DConditionModel", ARCHITECTURES["sd15"].unet, (4, 64, 64), (512, 512), (_CLIP_L,),
         parameters=859_520_964, matrices=859_077_120, block=258_330_880, head=52_437_761,
         adapters=12_754_944, condition=236_544, passes=PassMemory(
             held=(374_989_826, 1_456_820_226), peak=(3_532_700_180, 4_454_590_996),
@@ -90,7 +77,8 @@ PUBLISHED = {
         ),
     ),
     "sdxl": Published(
-        "UNet2DConditionModel", _SDXL, (4, 128, 128), (1024, 1024), (_CLIP_L, _CLIP_G),
+        "UNet2DConditionModel", ARCHITECTURES["sdxl"].unet, (4, 128, 128), (1024, 1024),
+        (_CLIP_L, _CLIP_G),
         parameters=2_567_463_684, matrices=2_565_880_320, block=1_206_568_960, head=104_874_241,
         adapters=92_897_280, condition=635_928, passes=PassMemory(
             held=(750_440_322, 4_861_939_714), peak=(10_505_307_412, 13_013_212_692),

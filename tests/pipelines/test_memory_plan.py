@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import save_file
 from torch._subclasses import FakeTensorMode
 
+from benchmarks.published import ARCHITECTURES
 from dmd_core.decoder import decoded
 from dmd_core.families import FAMILIES
 from dmd_core.lora import DEFAULT_TARGETS, LoraSettings, add_lora
@@ -41,10 +42,10 @@ from pipelines.stage_settings import StageKeys
 from pipelines.train_config import TrainSection
 from pipelines.train_settings import trainer_settings
 from pipelines.weights import Weights, WeightsError, denoiser_of, pipeline_weights
-from tests.dmd_core.test_true_sd15 import VAE
 from tests.dmd_core.tiny_families import BUILDERS
 
 # Stable Diffusion 1.5 in round figures; a pass holds 1 GiB per sample beside 3 GiB of gradients.
+VAE = ARCHITECTURES["sd15"].vae
 SIZES = NetworkSizes(denoiser=860_000_000, others=206_000_000, adapters=12_000_000, block=10**8)
 JUDGED = replace(SIZES, head=10**8)
 PASS = PassMemory(held=(2 * GIB, 9 * GIB), peak=(4 * GIB, 10 * GIB), frozen=(GIB // 4, GIB))
@@ -371,7 +372,11 @@ def test_a_perceptual_loss_needs_more_the_larger_its_pictures_are():
         (memory_estimates._PERCEPTUAL["lpips"], "max", None),
         (memory_estimates._PERCEPTUAL["st-lpips"], "blur", None),
         (memory_estimates._DECODER_TINY, None, AutoencoderTiny),
-        (memory_estimates._DECODER_VAE, None, lambda: AutoencoderKL.from_config(VAE)),
+        (
+            memory_estimates._DECODER_VAE,
+            None,
+            lambda: AutoencoderKL.from_config(ARCHITECTURES["sd15"].vae),
+        ),
     ],
 )
 def test_the_coarse_figures_are_those_of_the_true_classes(figure, pooling, decoder):
