@@ -207,10 +207,11 @@ def _family(process: int) -> list[int]:
 
 
 def _held(process: int) -> int:
-    """Bytes in memory and in the swap; 0 for a process that has ended."""
+    """Bytes of its own, in memory and in the swap, without pages of files, which the kernel drops
+    when it needs them; 0 for a process that has ended."""
     with contextlib.suppress(OSError):
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
-        sizes = [line.split()[1] for line in lines if line.startswith(("VmRSS", "VmSwap"))]
+        sizes = [line.split()[1] for line in lines if line.startswith(("RssAnon", "VmSwap"))]
         return 1024 * sum(map(int, sizes))
     return 0
 

@@ -4,9 +4,12 @@ float16 is not offered: DMD2's authors and others saw it diverge, for the range 
 gradient is wide.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 # What stays in higher precision whatever the networks compute in, and where.
@@ -31,21 +34,40 @@ def autocast(device: torch.device, compute: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed)
 
 
+_STORED = {"F16": torch.float16, "BF16": torch.bfloat16}
 # Layers whose weights autocast casts. Those of norms and tables of embeddings it leaves alone.
 _CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def hold(network: nn.Module, compute: torch.dtype) -> None:
-    """Keep the weights of linear layers and convolutions that are not trained in `compute`, for a
-    network that runs under `autocast` to it alone. Autocast would cast them anew at every use: the
-    numbers are the same to the last bit, in half the memory. Not the very first weight, whose dtype
-    models of diffusers and transformers take for that of what they compute outside of layers."""
+    """Keep the weights of linear layers and convolutions that are not trained in `compute`, and all
+    else in float32, for a network that runs under `autocast` to it alone. Autocast would cast those
+    weights anew at every use: the numbers are the same to the last bit, in half the memory. Not the
+    very first weight, whose dtype models of diffusers and transformers take for that of what they
+    compute outside of layers. From any dtype, a tensor at a time: the network is never there twice.
+    """
     first = next(network.parameters(), None)
-    for module in network.modules():
-        if isinstance(module, _CAST):
-            for weight in module.parameters(recurse=False):
-                if weight is not first and not weight.requires_grad:
-                    weight.data = weight.data.to(compute)
+    cast = {
+        weight
+        for module in network.modules()
+        if isinstance(module, _CAST)
+        for weight in module.parameters(recurse=False)
+        if weight is not first and not weight.requires_grad
+    }
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(compute if tensor in cast else torch.float32)
+
+
+def stored_dtype(files: Iterable[Path]) -> torch.dtype:
+    """What all floating-point tensors in the safetensors files lie in; float32 if they differ, or
+    it is another than those that networks here are kept in."""
+    found = set()
+    for path in files:
+        with safe_open(path, framework="numpy") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}
+    found = {name for name in found if name.startswith(("F", "BF"))}
+    return _STORED.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
 
 @dataclass(frozen=True)

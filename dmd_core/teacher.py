@@ -16,6 +16,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from dmd_core.condition import Condition
@@ -34,10 +35,10 @@ from dmd_core.families import (
 )
 from dmd_core.latents import Geometry, decode_samples, encode_pictures
 from dmd_core.ode import integrate, make_scheduler, step_grid
-from dmd_core.precision import hold
+from dmd_core.precision import hold, stored_dtype
 from dmd_core.prompt_encoding import PromptEncoder
 from dmd_core.schedule import Schedule
-from dmd_core.teacher_files import INDEX, PartFiles, TeacherError
+from dmd_core.teacher_files import INDEX, WEIGHTS, PartFiles, TeacherError
 
 __all__ = [
     "Teacher", "TeacherError", "check_teacher", "folder_schedule", "folder_scheduler",
@@ -193,8 +194,9 @@ def load_teacher(
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
-            if name.startswith("text_encoder") or (name == family.model and not to_train):
-                hold(part, compute_dtype)  # before it needs a place on the device
+            computes = name.startswith("text_encoder") or (name == family.model and not to_train)
+            # Before it needs a place on the device.
+            hold(part, compute_dtype if computes else torch.float32)
             part.to(network_device or device if name == family.model else device)
     if torch.device(device).type == "cuda" and family.model == "unet":  # on a CPU it gains nothing
         pipeline.unet.to(memory_format=torch.channels_last)
@@ -225,14 +227,26 @@ def _load_pipeline(path: str, family: Family) -> Any:
         absent |= {"safety_checker": None, "requires_safety_checker": False}
     try:
         pipeline = family.pipeline_class.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, local_files_only=True, **absent
+            path, dtype=_stored(path, family), use_safetensors=True, local_files_only=True, **absent
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise TeacherError(
             f"teacher {path} cannot be loaded: {error}{_by_sentencepiece(path, family)}"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _stored(path: str, family: Family) -> dict[str, torch.dtype]:
+    """Part → the dtype of its files: what is published in float16 would take twice the memory of
+    its files while it is loaded in float32, in every process."""
+    folders = [Path(path) / part for part in family.parts]
+    weights = {folder: PartFiles.in_folder(folder).weights() for folder in folders}
+    return {
+        folder.name: stored_dtype(folder / file for file in files if file.endswith(WEIGHTS))
+        for folder, files in weights.items()
+        if files
+    }
 
 
 def _by_sentencepiece(path: str, family: Family) -> str:

@@ -31,7 +31,7 @@ from pipelines.memory_plan import (
     sampling_memory,
     training_memory,
 )
-from pipelines.network_sizes import NetworkSizes
+from pipelines.network_sizes import FLOAT, NetworkSizes
 from pipelines.prompt_files import PromptError, PromptFile, list_files, read_rows
 from pipelines.train_config import TrainSection
 from pipelines.weights import Weights, denoiser_of, pipeline_weights
@@ -84,8 +84,7 @@ class TeacherChecks:
     # ------------------------------------------------------------------ memory
 
     def memory(self) -> list[Check]:
-        """Training and teachers against usual GPUs, those of this machine, or its RAM; and the copy
-        in RAM of what is being saved, of which the workers have a share each."""
+        """Training and teachers against usual GPUs, those of this machine, or its RAM."""
         recipe = self._session.recipe
         plan, on_gpu = self._training(recipe.train), recipe.train.use_gpu
         sampling = sampling_memory(
@@ -97,7 +96,7 @@ class TeacherChecks:
                 "memory: training here", plan, on_gpu, 1, recipe.train.most_workers,
                 saved=0 if on_gpu else self._checkpoint,
             ),
-            *([self._saving()] if on_gpu else []),
+            *([self._host()] if on_gpu else []),
             self._here(
                 "memory: teachers here", sampling, recipe.pairs.gpus_per_actor > 0,
                 _share(recipe.pairs.gpus_per_actor), recipe.pairs.most_actors,
@@ -144,15 +143,22 @@ class TeacherChecks:
             return Check(name, "ok", found)
         return Check(name, "fail", found, "fewer or smaller workers; see memory: training")
 
-    def _saving(self) -> Check:
-        room, copy = psutil.virtual_memory().total, size_in_words(self._checkpoint)
-        found = f"{copy} of host memory, of all workers together, for the copy that is saved"
-        if not is_embedded(self._session.recipe):
-            return Check("memory: saving", "ok", f"{found}; the machines are the cluster's")
+    def _host(self) -> Check:
+        """RAM beside GPUs: a worker's network in float32 until it has its place, and what is copied
+        while training goes on."""
+        recipe = self._session.recipe
+        start, copy = FLOAT * self._sizes.denoiser, self._checkpoint
+        found = (
+            f"{size_in_words(start)} for each worker that starts, and {size_in_words(copy)} of all "
+            "together for the copy that is saved"
+        )
+        if not is_embedded(recipe):
+            return Check("memory: host", "ok", f"{found}; the machines are the cluster's")
+        room = psutil.virtual_memory().total
         found += f"; {size_in_words(room)} here"
-        if self._checkpoint <= room:
-            return Check("memory: saving", "ok", found)
-        return Check("memory: saving", "fail", found, "train.trainable: lora, or more machines")
+        if max(recipe.train.most_workers * start, copy) <= room:
+            return Check("memory: host", "ok", found)
+        return Check("memory: host", "fail", found, "fewer workers, train.trainable: lora")
 
     def _elsewhere(self, name: str, plan: MemoryPlan, per_gpu: int) -> Check:
         """Without a GPU here: the sum of those that share one, and which of the usual ones have

@@ -83,17 +83,25 @@ def test_the_copy_that_is_saved_takes_memory_of_the_machine(tiny_teacher_dir, mo
     words = size_in_words(copy)
     without_gpu = memory(tiny_teacher_dir, "train.use_gpu=false")
     assert f" + {words} for the copy that is saved," in without_gpu["memory: training here"].found
-    assert "memory: saving" not in without_gpu
+    assert "memory: host" not in without_gpu
 
     on_gpu = memory(tiny_teacher_dir, "train.use_gpu=true")
-    assert on_gpu["memory: saving"].status == "ok"
-    assert on_gpu["memory: saving"].found.startswith(f"{words} of host memory")
+    start = size_in_words(4 * unet)
+    assert on_gpu["memory: host"].status == "ok"
+    assert on_gpu["memory: host"].found.startswith(
+        f"{start} for each worker that starts, and {words} of all together for the copy"
+    )
     assert "copy" not in on_gpu["memory: training here"].found
     room.total = copy - 1
-    small = memory(tiny_teacher_dir, "train.use_gpu=true")["memory: saving"]
+    small = memory(tiny_teacher_dir, "train.use_gpu=true")["memory: host"]
     assert small.status == "fail" and "lora" in small.advice
+    room.total = 8 * 4 * unet  # more than the copy
+    for workers, status in ((8, "ok"), (9, "fail")):
+        sizes = [f"train.{batch}_batch_size=72" for batch in ("train", "regression")]
+        chosen = ["train.use_gpu=true", f"train.num_workers={workers}", *sizes]
+        assert memory(tiny_teacher_dir, *chosen)["memory: host"].status == status
     cluster = ["train.use_gpu=true", "ray.address=head:6379"]
-    assert memory(tiny_teacher_dir, *cluster)["memory: saving"].status == "ok"
+    assert memory(tiny_teacher_dir, *cluster)["memory: host"].status == "ok"
 
 
 def test_what_is_saved_counts_where_a_training_has_no_gpu(tiny_teacher_dir, monkeypatch):
