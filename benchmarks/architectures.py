@@ -95,12 +95,18 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="dmd-bench-", dir=options.workdir) as folder:
             results[name] = measure(name, Path(folder), options)
         say(json.dumps({name: results[name]}, indent=1))
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"results": results, "hardware": _hardware(), "versions": _versions()}
-        options.out.write_text(json.dumps(content, indent=1) + "\n")
-        say(f"written to {options.out}")
+        if options.out:  # after each: the next one may find no room
+            _write(options.out, results)
     return 0
+
+
+def _write(out: Path, results: dict[str, Any]) -> None:
+    """Names that are in the file already and were not run stay in it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    earlier = json.loads(out.read_text())["results"] if out.exists() else {}
+    content = {"results": earlier | results, "hardware": _hardware(), "versions": _versions()}
+    out.write_text(json.dumps(content, indent=1) + "\n")
+    say(f"written to {out}")
 
 
 def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -114,8 +120,8 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
         say(f"{name} {verb}: {found[verb]}")
     student = folder / "run" / "student"
     if student.is_dir():
-        steps = load_recipe(name, []).train.student_timesteps
-        found["a picture of the student's"] = _draw(student, len(steps), options.gpu)
+        side = None if options.gpu else _SIDE[name]
+        found["a picture of the student's"] = _draw(student, side, options.gpu)
     return found
 
 
@@ -153,8 +159,8 @@ def _said_by_doctor(command: list[str]) -> dict[str, str]:
     process = subprocess.run(
         [sys.executable, "-m", "jobs.cli", "doctor", *command, "--json"], stdout=subprocess.PIPE
     )
-    checks = json.loads(process.stdout)["checks"]
-    return {check["name"]: check["found"] for check in checks if "memory: t" in check["name"]}
+    found = {check["name"]: check["found"] for check in json.loads(process.stdout)["checks"]}
+    return {name: words for name, words in found.items() if name.startswith("memory: ")}
 
 
 def _run(verb: str, command: list[str], folder: Path, gpu: bool) -> Measured:
@@ -222,12 +228,15 @@ def _gpu_bytes() -> int:
     return 2**20 * max(map(int, output.split()))
 
 
-def _draw(student: Path, steps: int, gpu: bool) -> dict[str, float]:
-    pipeline: Any = DiffusionPipeline.from_pretrained(student, torch_dtype=torch.bfloat16)
+def _draw(student: Path, side: int | None, gpu: bool) -> dict[str, float]:
+    """Called as its user would: the scheduler knows the student's times."""
+    steps = json.loads((student.parent / "student.json").read_text())["num_inference_steps"]
+    pipeline: Any = DiffusionPipeline.from_pretrained(student, dtype=torch.bfloat16)
     pipeline.to("cuda" if gpu else "cpu").set_progress_bar_config(disable=True)
     began = time.monotonic()
     pixels = pipeline(
-        "a red fox", num_inference_steps=steps, guidance_scale=0.0, output_type="np"
+        "a red fox", height=side, width=side, num_inference_steps=steps, guidance_scale=0.0,
+        output_type="np",
     ).images  # fmt: skip
     if not np.isfinite(pixels).all() or pixels.std() < 1e-3:
         raise SystemExit(f"{student}: plain diffusers draws nothing with it")

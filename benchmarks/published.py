@@ -119,10 +119,10 @@ def main() -> None:
     write_published(options.name, options.folder)
 
 
-def write_published(name: str, folder: Path) -> None:
-    """A teacher of random weights in float16, in which both are published: 2 GB and 7 GB."""
+def write_published(name: str, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """A teacher of random weights; in float16, as the fp16 variants of both are, 2 GB and 7 GB."""
     torch.manual_seed(0)
-    pipeline = _pipeline(ARCHITECTURES[name])
+    pipeline = _pipeline(ARCHITECTURES[name], dtype)
     found = sum(p.numel() for p in pipeline.unet.parameters())
     assert found == ARCHITECTURES[name].parameters, f"{name}: {found} parameters in the UNet"
     pipeline.save_pretrained(folder)
@@ -134,18 +134,18 @@ def letters_tokenizer(size: MiniatureSize) -> CLIPTokenizer:
     return make_tokenizer(vocabulary, size)
 
 
-def _pipeline(architecture: Architecture) -> DiffusionPipeline:
-    vae = _random(lambda: AutoencoderKL(**architecture.vae))
-    unet = _random(lambda: UNet2DConditionModel(**architecture.unet))
+def _pipeline(architecture: Architecture, dtype: torch.dtype) -> DiffusionPipeline:
+    vae = _random(lambda: AutoencoderKL(**architecture.vae), dtype)
+    unet = _random(lambda: UNet2DConditionModel(**architecture.unet), dtype)
     tokenizer = letters_tokenizer(MiniatureSize(max_tokens=_MAX_TOKENS))
     texts = [CLIPTextConfig(**config, **_text(tokenizer)) for config in architecture.encoders]
     absent: dict[str, Any] = {"feature_extractor": None}
-    first = _random(lambda: CLIPTextModel(texts[0]))
+    first = _random(lambda: CLIPTextModel(texts[0]), dtype)
     if len(texts) == 1:
         pndm: Any = PNDMScheduler(**_NOISE, skip_prk_steps=True)
         absent |= {"safety_checker": None, "requires_safety_checker": False}
         return StableDiffusionPipeline(vae, first, tokenizer, unet, pndm, **absent)
-    second = _random(lambda: CLIPTextModelWithProjection(texts[1]))
+    second = _random(lambda: CLIPTextModelWithProjection(texts[1]), dtype)
     euler: Any = EulerDiscreteScheduler(**_NOISE, timestep_spacing="leading")
     return StableDiffusionXLPipeline(
         vae, first, second, tokenizer, tokenizer, unet, euler, add_watermarker=False
@@ -161,12 +161,12 @@ def _text(tokenizer: CLIPTokenizer) -> dict[str, Any]:
     }
 
 
-def _random(make: Callable[[], nn.Module]) -> Any:
-    """In float16, without the initialisation of each layer, which takes minutes: what goes in comes
-    out about as large, so that the numbers stay finite through every layer."""
+def _random(make: Callable[[], nn.Module], dtype: torch.dtype) -> Any:
+    """Without the initialisation of each layer, which takes minutes: what goes in comes out about
+    as large, so that the numbers stay finite through every layer."""
     with torch.device("meta"):
         network: Any = make()
-    nn.Module.to_empty(network.half(), device="cpu")
+    nn.Module.to_empty(network.to(dtype), device="cpu")
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if parameter.ndim > 1:

@@ -121,7 +121,7 @@ class Contestant:
 def write_teacher(size: str, folder: Path) -> None:
     """A Stable Diffusion teacher of random weights, which predicts ε, as theirs must."""
     if size == "full":
-        return write_published("sd15", folder)
+        return write_published("sd15", folder, torch.float32)
     shape = _SD_SIZES[size]
     torch.manual_seed(0)
     tokenizer = letters_tokenizer(shape)

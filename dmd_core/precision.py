@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 # What stays in higher precision whatever the networks compute in, and where.
@@ -44,8 +44,8 @@ def hold(network: nn.Module, compute: torch.dtype) -> None:
     else in float32, for a network that runs under `autocast` to it alone. Autocast would cast those
     weights anew at every use: the numbers are the same to the last bit, in half the memory. Not the
     very first weight, whose dtype models of diffusers and transformers take for that of what they
-    compute outside of layers. From any dtype, a tensor at a time: the network is never there twice.
-    """
+    compute outside of layers. It converts a tensor at a time: the old network and the new one are
+    never both whole in memory."""
     first = next(network.parameters(), None)
     cast = {
         weight
@@ -60,12 +60,15 @@ def hold(network: nn.Module, compute: torch.dtype) -> None:
 
 
 def stored_dtype(files: Iterable[Path]) -> torch.dtype:
-    """What all floating-point tensors in the safetensors files lie in; float32 if they differ, or
-    it is another than those that networks here are kept in."""
+    """float16 or bfloat16 if every floating-point tensor in the safetensors files is in that; else
+    float32. Raises `SafetensorError` that names the file that is none."""
     found = set()
     for path in files:
-        with safe_open(path, framework="numpy") as file:
-            found |= {file.get_slice(name).get_dtype() for name in file.keys()}
+        try:
+            with safe_open(path, framework="numpy") as file:
+                found |= {file.get_slice(name).get_dtype() for name in file.keys()}
+        except SafetensorError as error:
+            raise SafetensorError(f"{path}: {error}") from error
     found = {name for name in found if name.startswith(("F", "BF"))}
     return _STORED.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 

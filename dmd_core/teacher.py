@@ -194,9 +194,9 @@ def load_teacher(
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
-            computes = name.startswith("text_encoder") or (name == family.model and not to_train)
+            autocast = name.startswith("text_encoder") or (name == family.model and not to_train)
             # Before it needs a place on the device.
-            hold(part, compute_dtype if computes else torch.float32)
+            hold(part, compute_dtype if autocast else torch.float32)
             part.to(network_device or device if name == family.model else device)
     if torch.device(device).type == "cuda" and family.model == "unet":  # on a CPU it gains nothing
         pipeline.unet.to(memory_format=torch.channels_last)

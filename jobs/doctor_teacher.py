@@ -21,6 +21,7 @@ from jobs.plans import size_in_words
 from jobs.session import Session
 from jobs.teacher_here import pair_source
 from pipelines.config import PairsSection
+from pipelines.host_memory import host_memory
 from pipelines.memory_plan import (
     GIB,
     GPUS,
@@ -31,7 +32,7 @@ from pipelines.memory_plan import (
     sampling_memory,
     training_memory,
 )
-from pipelines.network_sizes import FLOAT, NetworkSizes
+from pipelines.network_sizes import NetworkSizes
 from pipelines.prompt_files import PromptError, PromptFile, list_files, read_rows
 from pipelines.train_config import TrainSection
 from pipelines.weights import Weights, denoiser_of, pipeline_weights
@@ -144,21 +145,24 @@ class TeacherChecks:
         return Check(name, "fail", found, "fewer or smaller workers; see memory: training")
 
     def _host(self) -> Check:
-        """RAM beside GPUs: a worker's network in float32 until it has its place, and what is copied
-        while training goes on."""
+        """RAM beside GPUs."""
         recipe = self._session.recipe
-        start, copy = FLOAT * self._sizes.denoiser, self._checkpoint
-        found = (
-            f"{size_in_words(start)} for each worker that starts, and {size_in_words(copy)} of all "
-            "together for the copy that is saved"
-        )
+        needs = host_memory(self._sizes, recipe.train, mapped=self._denoiser.in_float32)
+        sizes = {
+            "for each worker that starts": needs.start,
+            "for the teacher": needs.offloaded,
+            "for the copy that is saved, of all workers together": needs.saved,
+        }
+        words = ", ".join(f"{size_in_words(size)} {what}" for what, size in sizes.items() if size)
         if not is_embedded(recipe):
-            return Check("memory: host", "ok", f"{found}; the machines are the cluster's")
-        room = psutil.virtual_memory().total
-        found += f"; {size_in_words(room)} here"
-        if max(recipe.train.most_workers * start, copy) <= room:
-            return Check("memory: host", "ok", found)
-        return Check("memory: host", "fail", found, "fewer workers, train.trainable: lora")
+            return Check("memory: host", "ok", f"{words}; the machines are the cluster's")
+        room, workers = psutil.virtual_memory().total, recipe.train.most_workers
+        words += f"; {size_in_words(room)} here"
+        if needs.largest(workers) <= room:
+            return Check("memory: host", "ok", words)
+        fewer = "fewer workers on this machine, or a teacher in float32 files"
+        advice = fewer if workers * needs.start > room else "train.trainable: lora"
+        return Check("memory: host", "fail", words, advice)
 
     def _elsewhere(self, name: str, plan: MemoryPlan, per_gpu: int) -> Check:
         """Without a GPU here: the sum of those that share one, and which of the usual ones have

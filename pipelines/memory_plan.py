@@ -75,7 +75,7 @@ def training_memory(
     """Of one worker of the smallest group that the recipe allows. `distilled`: guidance is an input
     of the teacher's network, not a second pass."""
     workers, parallel = _workers(section), section.parallel
-    width = _width(section)
+    width = training_width(section)
     trained = sizes.adapters if section.trainable == "lora" else sizes.denoiser
     student = _sharing(parallel.generator, workers)
     fake = _sharing(parallel.fake, workers)
@@ -146,7 +146,7 @@ def _stage_passes(
 
     spared = _not_cast(sizes, section)
     held = max(0.0, memory.held_by(fresh + paired) - spared)
-    cast = BF16 * sizes.denoiser if _width(section) == BF16 else 0
+    cast = BF16 * sizes.denoiser if training_width(section) == BF16 else 0
     scores = _scoring(keys, memory, scored, cast, distilled)
     judged = memory.held_by(fresh) if judging else 0.0
     compared = regression_bytes(sizes, keys, section.perceptual_resize, paired)
@@ -165,7 +165,7 @@ def _not_cast(sizes: NetworkSizes, section: TrainSection) -> int:
     makes for the backward pass, which a network under adapters, held in bfloat16, has no need of.
     With checkpointing they are gone at the end of each block."""
     adapted = section.trainable == "lora" and not section.parallel.gradient_checkpointing
-    return BF16 * sizes.matrices if adapted and _width(section) == BF16 else 0
+    return BF16 * sizes.matrices if adapted and training_width(section) == BF16 else 0
 
 
 def _scoring(
@@ -181,7 +181,7 @@ def _scoring(
 
 
 def _teacher(sizes: NetworkSizes, section: TrainSection, workers: int) -> float:
-    placement, width = section.parallel.teacher, _width(section)
+    placement, width = section.parallel.teacher, training_width(section)
     whole = sizes.frozen_denoiser(width)
     if placement == "replicated":
         return whole
@@ -194,8 +194,8 @@ def _student(sizes: NetworkSizes, section: TrainSection, sharing: int) -> float:
     """Under adapters it is frozen itself."""
     if section.trainable == "full":
         return FLOAT * sizes.denoiser / sharing + _gathered(sizes, sharing, FLOAT)
-    whole = sizes.frozen_denoiser(_width(section)) + FLOAT * sizes.adapters
-    return whole / sharing + _gathered(sizes, sharing, _width(section))
+    whole = sizes.frozen_denoiser(training_width(section)) + FLOAT * sizes.adapters
+    return whole / sharing + _gathered(sizes, sharing, training_width(section))
 
 
 def _gathered(sizes: NetworkSizes, sharing: int, width: int) -> float:
@@ -203,7 +203,7 @@ def _gathered(sizes: NetworkSizes, sharing: int, width: int) -> float:
     return 2 * width * sizes.block if sharing > 1 else 0.0
 
 
-def _width(section: TrainSection) -> int:
+def training_width(section: TrainSection) -> int:
     """Bytes of a number that passes compute in."""
     return BF16 if section.mixed_precision == "bf16" else FLOAT
 

@@ -8,14 +8,13 @@ import json
 from pathlib import Path
 
 import diffusers
-import torch
 from diffusers.loaders.single_file_utils import SingleFileComponentError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from dmd_core.precision import stored_dtype
 from dmd_core.teacher_files import INDEX, TEXTS, TeacherError
 from pipelines.local_folders import made_once
 
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # What diffusers raises for a checkpoint and a configuration that do not belong together.
 _UNFIT = (
     SingleFileComponentError, SafetensorError, OSError, ValueError, KeyError, RuntimeError,
@@ -54,7 +53,7 @@ def _convert(checkpoint: Path, config: Path, target: Path) -> None:
             str(checkpoint),
             config=str(config),
             local_files_only=True,
-            torch_dtype=_dtype(checkpoint),
+            torch_dtype=stored_dtype([checkpoint]),  # nothing is rounded, no disk is wasted
         )
     except _UNFIT as error:
         raise TeacherError(
@@ -63,11 +62,3 @@ def _convert(checkpoint: Path, config: Path, target: Path) -> None:
             "its text encoders and VAE in it?"
         ) from error
     pipeline.save_pretrained(str(target), safe_serialization=True)
-
-
-def _dtype(checkpoint: Path) -> torch.dtype:
-    """That of the weights, where there is but one: nothing is rounded, no disk is wasted."""
-    with safe_open(checkpoint, "pt") as file:
-        kinds = {file.get_slice(name).get_dtype() for name in file.keys()}
-    floats = {kind for kind in kinds if kind in _DTYPES}
-    return _DTYPES[floats.pop()] if len(floats) == 1 else torch.float32

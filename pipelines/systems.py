@@ -301,7 +301,7 @@ def load_plainly(path: str, device: str | torch.device) -> Any:
     """A pipeline folder by plain diffusers, nothing of ours: what its user would have."""
     pipeline = DiffusionPipeline.from_pretrained(
         path,
-        torch_dtype=torch.float32,
+        dtype=torch.float32,
         use_safetensors=True,
         local_files_only=True,
         **left_out(path, family_of(path)),

@@ -170,7 +170,7 @@ def compute_in(pipeline: Any, dtype: torch.dtype, device: str) -> None:
     for name in family.parts:
         part = getattr(pipeline, name, None)
         if part is not None and (name == family.model or name.startswith("text_encoder")):
-            hold(part, dtype)
+            hold(part.requires_grad_(False), dtype)  # what may be trained is left as it is
             autocast = torch.autocast(torch.device(device).type, dtype)
             part.forward = convert_outputs_to_fp32(autocast(part.forward))
 

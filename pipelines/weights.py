@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
+from dmd_core.precision import stored_dtype
 from dmd_core.teacher_files import WEIGHTS, PartFiles, TeacherError
 
 DENOISERS = ("unet", "transformer")
@@ -25,10 +27,11 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class Weights:
-    """One network: the shape of each of its tensors."""
+    """One network: the shape of each of its tensors, and whether all lie in float32."""
 
     part: str
     shapes: dict[str, tuple[int, ...]]
+    in_float32: bool = True
 
     @property
     def parameters(self) -> int:
@@ -68,7 +71,8 @@ def pipeline_weights(folder: str) -> list[Weights]:
     for part in parts:
         files = _files(Path(folder) / part)
         if files:
-            found.append(Weights(part, _shapes(files)))
+            shapes = _shapes(files)
+            found.append(Weights(part, shapes, stored_dtype(files) == torch.float32))
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
 from torch import nn
 
 from dmd_core.precision import hold, stored_dtype
@@ -108,5 +109,30 @@ def test_a_file_that_is_none_is_named(tmp_path):
     folder = Path(_save("sd", tmp_path / "teacher", torch.float16))
     (file,) = (folder / "unet").glob("*.safetensors")
     file.write_bytes(b"x" * 100)
-    with pytest.raises(TeacherError, match=r"teacher .* cannot be loaded"):
+    with pytest.raises(TeacherError, match=r"cannot be loaded: .*/unet/.*\.safetensors: "):
         load_teacher(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        ([torch.float16], torch.float16),
+        ([torch.bfloat16, torch.int64, torch.bool], torch.bfloat16),
+        ([torch.float32], torch.float32),
+        ([torch.float16, torch.bfloat16], torch.float32),
+        ([torch.float16, torch.float32], torch.float32),
+        ([torch.float16, torch.float8_e4m3fn], torch.float32),
+        ([torch.float64], torch.float32),
+        ([torch.int64], torch.float32),
+        ([], torch.float32),
+    ],
+    ids=str,
+)
+def test_the_dtype_of_files_is_that_of_all_their_floating_point_tensors(
+    tensors, expected, tmp_path
+):
+    """One tensor in each file."""
+    files = [tmp_path / f"{index}.safetensors" for index in range(len(tensors))]
+    for file, dtype in zip(files, tensors, strict=True):
+        save_file({"weight": torch.zeros(2, dtype=dtype)}, file)
+    assert stored_dtype(files) == expected

@@ -13,6 +13,7 @@ from jobs.doctor_teacher import TeacherChecks
 from jobs.plans import size_in_words
 from jobs.session import open_session
 from pipelines.memory_plan import MemoryPlan
+from tests.dmd_core.tiny_families import stable_diffusion
 
 MIB = 2**20
 ALL = "24 GB, 40 GB, 80 GB, 141 GB"
@@ -86,20 +87,12 @@ def test_the_copy_that_is_saved_takes_memory_of_the_machine(tiny_teacher_dir, mo
     assert "memory: host" not in without_gpu
 
     on_gpu = memory(tiny_teacher_dir, "train.use_gpu=true")
-    start = size_in_words(4 * unet)
     assert on_gpu["memory: host"].status == "ok"
-    assert on_gpu["memory: host"].found.startswith(
-        f"{start} for each worker that starts, and {words} of all together for the copy"
-    )
+    assert on_gpu["memory: host"].found.startswith(f"{words} for the copy that is saved, of all")
     assert "copy" not in on_gpu["memory: training here"].found
     room.total = copy - 1
     small = memory(tiny_teacher_dir, "train.use_gpu=true")["memory: host"]
     assert small.status == "fail" and "lora" in small.advice
-    room.total = 8 * 4 * unet  # more than the copy
-    for workers, status in ((8, "ok"), (9, "fail")):
-        sizes = [f"train.{batch}_batch_size=72" for batch in ("train", "regression")]
-        chosen = ["train.use_gpu=true", f"train.num_workers={workers}", *sizes]
-        assert memory(tiny_teacher_dir, *chosen)["memory: host"].status == status
     cluster = ["train.use_gpu=true", "ray.address=head:6379"]
     assert memory(tiny_teacher_dir, *cluster)["memory: host"].status == "ok"
 
@@ -115,6 +108,23 @@ def test_what_is_saved_counts_where_a_training_has_no_gpu(tiny_teacher_dir, monk
     assert memory(tiny_teacher_dir)["memory: training here"].status == "ok"
     room.total -= 1
     assert memory(tiny_teacher_dir)["memory: training here"].status == "fail"
+
+
+def test_workers_that_start_take_memory_of_the_machine(tmp_path, monkeypatch):
+    """Each makes a float32 network of a float16 one; eight of them are more than the copy."""
+    folder = str(tmp_path / "teacher")
+    teacher = stable_diffusion()
+    teacher.unet.half()
+    teacher.save_pretrained(folder)
+    start = 4 * teacher_parameters(folder)
+    room = SimpleNamespace(total=8 * start)
+    monkeypatch.setattr("jobs.doctor_teacher.psutil.virtual_memory", lambda: room)
+    sizes = [f"train.{batch}_batch_size=72" for batch in ("train", "regression")]
+    for workers, status in ((8, "ok"), (9, "fail")):
+        chosen = ["train.use_gpu=true", f"train.num_workers={workers}", *sizes]
+        found = memory(folder, *chosen)["memory: host"]
+        assert found.found.startswith(f"{size_in_words(start)} for each worker that starts, ")
+        assert found.status == status and ("fewer workers" in found.advice) == (status == "fail")
 
 
 def teacher_parameters(folder: str) -> int:
