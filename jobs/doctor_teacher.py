@@ -156,6 +156,8 @@ class TeacherChecks:
         words = ", ".join(f"{size_in_words(size)} {what}" for what, size in sizes.items() if size)
         if not is_embedded(recipe):
             return Check("memory: host", "ok", f"{words}; the machines are the cluster's")
+        if not torch.cuda.is_available():
+            return Check("memory: host", "skip", f"{words}; no GPU here to work beside")
         room, workers = psutil.virtual_memory().total, recipe.train.most_workers
         words += f"; {size_in_words(room)} here"
         if needs.largest(workers) <= room:

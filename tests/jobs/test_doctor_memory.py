@@ -85,7 +85,10 @@ def test_the_copy_that_is_saved_takes_memory_of_the_machine(tiny_teacher_dir, mo
     without_gpu = memory(tiny_teacher_dir, "train.use_gpu=false")
     assert f" + {words} for the copy that is saved," in without_gpu["memory: training here"].found
     assert "memory: host" not in without_gpu
+    elsewhere = memory(tiny_teacher_dir, "train.use_gpu=true")["memory: host"]
+    assert elsewhere.status == "skip" and words in elsewhere.found
 
+    with_a_gpu(monkeypatch)
     on_gpu = memory(tiny_teacher_dir, "train.use_gpu=true")
     assert on_gpu["memory: host"].status == "ok"
     assert on_gpu["memory: host"].found.startswith(f"{words} for the copy that is saved, of all")
@@ -119,12 +122,19 @@ def test_workers_that_start_take_memory_of_the_machine(tmp_path, monkeypatch):
     start = 4 * teacher_parameters(folder)
     room = SimpleNamespace(total=8 * start)
     monkeypatch.setattr("jobs.doctor_teacher.psutil.virtual_memory", lambda: room)
+    with_a_gpu(monkeypatch)
     sizes = [f"train.{batch}_batch_size=72" for batch in ("train", "regression")]
     for workers, status in ((8, "ok"), (9, "fail")):
         chosen = ["train.use_gpu=true", f"train.num_workers={workers}", *sizes]
         found = memory(folder, *chosen)["memory: host"]
         assert found.found.startswith(f"{size_in_words(start)} for each worker that starts, ")
         assert found.status == status and ("fewer workers" in found.advice) == (status == "fail")
+
+
+def with_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = SimpleNamespace(total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
 
 
 def teacher_parameters(folder: str) -> int:
