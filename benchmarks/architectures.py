@@ -2,7 +2,7 @@
 
     python -m benchmarks.architectures sd15 sdxl --gpu       one GPU, the recipes' sizes
     python -m benchmarks.architectures sd15                  a CPU, 128 pixels, 48 GB with the swap
-    python -m benchmarks.architectures sdxl --only pairs     a CPU, 256 pixels, 18 GB
+    python -m benchmarks.architectures sdxl --only pairs     a CPU, 256 pixels, 12 GB
 
 Stable Diffusion 1.5 and XL as large as they are, with random weights (`benchmarks.published`): for
 each of them `dmd pairs`, `dmd train` and `dmd export` of its recipe, one after another as a user
@@ -11,7 +11,7 @@ commands, with Ray's start, reading of weights and saving of checkpoints. Memory
 one process of a command held, swap included, beside what `dmd doctor` had said of a worker; with
 `--gpu` it is the most that the GPU had in use.
 
-Prints a table; `--out` keeps it as JSON. `--gpu` has not been run.
+Prints what it found; `--out` keeps it as JSON. `--gpu` has not been run.
 """
 
 import argparse
@@ -175,7 +175,7 @@ def _run(verb: str, command: list[str], folder: Path, gpu: bool) -> Measured:
             stderr=subprocess.STDOUT,
             env=environment,
         )
-        with _watched(process.pid, gpu) as peak:
+        with watched(process.pid, gpu) as peak:
             code = process.wait()
     if code:
         raise SystemExit(
@@ -185,7 +185,7 @@ def _run(verb: str, command: list[str], folder: Path, gpu: bool) -> Measured:
 
 
 @contextlib.contextmanager
-def _watched(process: int, gpu: bool) -> Iterator[list[int]]:
+def watched(process: int, gpu: bool) -> Iterator[list[int]]:
     """A list whose maximum is the peak in bytes, once the block has ended."""
     seen, ended = [0], threading.Event()
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
+from benchmarks.architectures import watched
 from benchmarks.cifar10 import fid_of_all
 from benchmarks.pair_bench import Result, compared, steady_rate
 from benchmarks.train import leaner
@@ -89,6 +90,16 @@ def test_less_memory_is_better():
     assert (result.measured, result.reference, result.ratio) == (3.0, 4.0, 0.75)
     assert result.met
     assert not leaner("x", {"ours": found["dmd2"], "dmd2": found["ours"]}).met
+
+
+def test_the_memory_of_a_command_is_that_of_its_largest_descendant():
+    """A grandchild takes 200 MB and gives them back before it ends."""
+    grow = "import time; x = bytes(1) * 200_000_000; time.sleep(2); del x; time.sleep(1)"
+    start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grow!r}])"
+    process = subprocess.Popen([sys.executable, "-c", start])
+    with watched(process.pid, gpu=False) as seen:
+        process.wait()
+    assert 200e6 < max(seen) < 300e6 and seen[-1] < 200e6
 
 
 def test_our_side_takes_a_step_of_every_loss(tmp_path):
