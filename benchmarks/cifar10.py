@@ -6,8 +6,8 @@
 
 `check` measures training against test pictures: KID with its interval, and FID where there are
 enough. With all 50,000 and 10,000 (`--count 50000`) the literature's FID is about 3.15; on two CPU
-cores that takes more than an hour. With 20,000 and all test pictures it takes 40 minutes, and says
-what FID would be with 50,000.
+cores that takes two hours. With 20,000 and all test pictures it takes 40 minutes, and says what FID
+would be with 50,000.
 
 `collect` puts a run's own records into `benchmarks/results/<name>.json`; `--seconds` are the wall
 times of its verbs, which the run does not know.
