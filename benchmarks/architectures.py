@@ -114,7 +114,8 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
     write_published(name, folder / "teacher")
     arguments = _arguments(name, folder, options)
     command = ["--config", name, *(f"--set={key}={value}" for key, value in arguments.items())]
-    found: dict[str, Any] = {"doctor": _said_by_doctor(command), "arguments": command[2:]}
+    told = [argument for argument in command[2:] if str(folder) not in argument]
+    found: dict[str, Any] = {"doctor": _said_by_doctor(command), "arguments": told}
     for verb in options.only or VERBS:
         found[verb] = asdict(_run(verb, command, folder, options.gpu))
         say(f"{name} {verb}: {found[verb]}")
