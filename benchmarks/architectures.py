@@ -16,10 +16,8 @@ Prints what it found; `--out` keeps it as JSON. `--gpu` has not been run.
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -35,7 +33,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from benchmarks.one_step import _processor
+from benchmarks.machine import memory_gb, processor, versions
 from benchmarks.pair_bench import say, write_prompts
 from benchmarks.published import ARCHITECTURES, write_published
 from jobs.config import load_recipe
@@ -104,7 +102,11 @@ def _write(out: Path, results: dict[str, Any]) -> None:
     """Names that are in the file already and were not run stay in it."""
     out.parent.mkdir(parents=True, exist_ok=True)
     earlier = json.loads(out.read_text())["results"] if out.exists() else {}
-    content = {"results": earlier | results, "hardware": _hardware(), "versions": _versions()}
+    content = {
+        "results": earlier | results,
+        "hardware": _hardware(),
+        "versions": versions(_LIBRARIES),
+    }
     out.write_text(json.dumps(content, indent=1) + "\n")
     say(f"written to {out}")
 
@@ -245,15 +247,9 @@ def _draw(student: Path, side: int | None, gpu: bool) -> dict[str, float]:
 
 
 def _hardware() -> dict[str, Any]:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cores = {"processor": _processor(), "cores": os.cpu_count(), "memory_gb": round(memory, 1)}
+    cores = {"processor": processor(), "cores": os.cpu_count(), "memory_gb": memory_gb()}
     return cores | {"gpu": gpu}
-
-
-def _versions() -> dict[str, str]:
-    libraries = {name: importlib.metadata.version(name) for name in _LIBRARIES}
-    return libraries | {"python": platform.python_version()}
 
 
 if __name__ == "__main__":

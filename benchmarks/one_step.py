@@ -10,9 +10,9 @@ import argparse
 import importlib.metadata
 import json
 import os
-import platform
 from pathlib import Path
 
+from benchmarks.machine import processor
 from jobs.config import resolve_shipped
 from jobs.errors import JobError
 from jobs.export import EXPORTED, check_student
@@ -54,7 +54,7 @@ def main() -> int:
     result = {
         "timing": timing,
         "teacher_steps": recipe.evaluate.teacher_steps or recipe.pairs.steps,
-        "hardware": {"processor": _processor(), "cores": os.cpu_count()},
+        "hardware": {"processor": processor(), "cores": os.cpu_count()},
         "versions": {
             name: importlib.metadata.version(name)
             for name in ("torch", "diffusers", "transformers")
@@ -64,15 +64,6 @@ def main() -> int:
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written to {RESULTS}")
     return 0
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -34,11 +34,9 @@ within a round, and the median round counts. All use the same number of torch th
 """
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -49,7 +47,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.one_step import _processor
+from benchmarks.machine import memory_gb, processor, versions
 from benchmarks.pair_bench import Bench, Result, compared, say, take_turns, write_prompts
 
 RESULTS = Path(__file__).parent / "results" / "pairs.json"
@@ -98,14 +96,13 @@ def main(arguments: list[str] | None = None) -> int:
             "quick": options.quick,
         },
         "hardware": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
-            "memory_gb": _memory_gb(),
+            "memory_gb": memory_gb(),
             "gpu": bench.about["cuda"],
             "load_before_and_after": [load, os.getloadavg()],
         },
-        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES}
-        | {"python": platform.python_version()},
+        "versions": versions(_LIBRARIES),
     }
     _print_table(report, results)
     whole = not options.quick and set(options.only) == set(PARTS)
@@ -271,10 +268,6 @@ def _print_table(report: dict[str, Any], results: Sequence[Result]) -> None:
             f"{result.what:48} {measured:>20} {reference:>12} {ratio:>7} {spread:>15} "
             f"{target:>8}  {met}"
         )
-
-
-def _memory_gb() -> float:
-    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
 
 
 def _parts(text: str) -> tuple[str, ...]:

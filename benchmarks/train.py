@@ -35,10 +35,8 @@ not been run.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -49,7 +47,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.one_step import _processor
+from benchmarks.machine import processor, versions
 from benchmarks.pair_bench import Result, compared, say, take_turns, write_prompts
 from benchmarks.train_networks import SIZES, Case, write_teacher
 from benchmarks.train_windows import seconds_per_save
@@ -98,13 +96,12 @@ def main(arguments: list[str] | None = None) -> int:
             "quick": options.quick,
         },
         "hardware": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "gpu": _gpu() if options.gpu else None,
             "load_before_and_after": [load, os.getloadavg()],
         },
-        "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES}
-        | {"python": platform.python_version()},
+        "versions": versions(_LIBRARIES),
     }
     _print_table(report, results)
     if options.out is not None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks.one_step import _processor
+from benchmarks.machine import processor
 from dmd_core.metrics import kid_difference
 from jobs.run_settings import flat_settings
 from pipelines.evaluation import METRICS
@@ -78,7 +78,7 @@ def compare(both: Path, regression: Path) -> dict[str, Any]:
         "student_kid_difference": asdict(difference),
         "both_is_nearer": verdict(difference),
         **{name: {key: metrics[name][key] for key in _OF_BOTH} for name in runs},
-        "hardware": {"processor": _processor(), "cores": os.cpu_count()},
+        "hardware": {"processor": processor(), "cores": os.cpu_count()},
         "versions": {
             name: importlib.metadata.version(name) for name in ("torch", "diffusers", "ray")
         },

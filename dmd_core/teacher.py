@@ -38,7 +38,7 @@ from dmd_core.ode import integrate, make_scheduler, step_grid
 from dmd_core.precision import hold, stored_dtype
 from dmd_core.prompt_encoding import PromptEncoder
 from dmd_core.schedule import Schedule
-from dmd_core.teacher_files import INDEX, WEIGHTS, PartFiles, TeacherError
+from dmd_core.teacher_files import INDEX, PartFiles, TeacherError, weight_files
 
 __all__ = [
     "Teacher", "TeacherError", "check_teacher", "folder_schedule", "folder_scheduler",
@@ -240,13 +240,8 @@ def _load_pipeline(path: str, family: Family) -> Any:
 def _stored(path: str, family: Family) -> dict[str, torch.dtype]:
     """Part → the dtype of its files: what is published in float16 would take twice the memory of
     its files while it is loaded in float32, in every process."""
-    folders = [Path(path) / part for part in family.parts]
-    weights = {folder: PartFiles.in_folder(folder).weights() for folder in folders}
-    return {
-        folder.name: stored_dtype(folder / file for file in files if file.endswith(WEIGHTS))
-        for folder, files in weights.items()
-        if files
-    }
+    parts = {part: weight_files(Path(path) / part) for part in family.parts}
+    return {part: stored_dtype(files) for part, files in parts.items() if files}
 
 
 def _by_sentencepiece(path: str, family: Family) -> str:

@@ -85,6 +85,13 @@ class PartFiles:
             raise TeacherError(f"{index} does not list shards of weights: {error}") from error
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a local part that are loaded, whole or cut; none where it has none.
+    Raises `TeacherError`, as `PartFiles.weights` does."""
+    names = PartFiles.in_folder(folder).weights()
+    return [folder / name for name in names if name.endswith(WEIGHTS)]
+
+
 def plain_name(name: str, variant: str) -> str:
     """What a whole file or an index of the variant is called without one."""
     return name.replace(f".{variant}{WEIGHTS}", WEIGHTS).replace(f".index.{variant}.", ".index.")

@@ -13,8 +13,10 @@ import torch
 from dmd_core.families import guidance_distilled
 from dmd_core.latents import geometry
 from dmd_core.pass_memory import PassMemory, UnknownNetworkError, pass_memory
+from dmd_core.precision import stored_dtype
 from dmd_core.prediction_check import UNTRAINED, check_prediction, has_readings
 from dmd_core.teacher import folder_schedule, load_teacher
+from dmd_core.teacher_files import weight_files
 from jobs.doctor_checks import Check, one_line
 from jobs.placement import is_embedded
 from jobs.plans import size_in_words
@@ -147,7 +149,8 @@ class TeacherChecks:
     def _host(self) -> Check:
         """RAM beside GPUs."""
         recipe = self._session.recipe
-        needs = host_memory(self._sizes, recipe.train, mapped=self._denoiser.in_float32)
+        stored = stored_dtype(weight_files(self._folder / self._denoiser.part))
+        needs = host_memory(self._sizes, recipe.train, mapped=stored == torch.float32)
         sizes = {
             "for each worker that starts": needs.start,
             "for the teacher": needs.offloaded,

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from dmd_core.precision import stored_dtype
-from dmd_core.teacher_files import WEIGHTS, PartFiles, TeacherError
+from dmd_core.teacher_files import TeacherError, weight_files
 
 DENOISERS = ("unet", "transformer")
 # Tables that are looked up, by their names in diffusers' and transformers' models.
@@ -27,11 +25,10 @@ class WeightsError(ValueError):
 
 @dataclass(frozen=True)
 class Weights:
-    """One network: the shape of each of its tensors, and whether all lie in float32."""
+    """One network: the shape of each of its tensors."""
 
     part: str
     shapes: dict[str, tuple[int, ...]]
-    in_float32: bool = True
 
     @property
     def parameters(self) -> int:
@@ -71,8 +68,7 @@ def pipeline_weights(folder: str) -> list[Weights]:
     for part in parts:
         files = _files(Path(folder) / part)
         if files:
-            shapes = _shapes(files)
-            found.append(Weights(part, shapes, stored_dtype(files) == torch.float32))
+            found.append(Weights(part, _shapes(files)))
     return found
 
 
@@ -87,10 +83,9 @@ def denoiser_of(weights: list[Weights]) -> Weights:
 def _files(folder: Path) -> list[Path]:
     """Those that are loaded, whole or cut."""
     try:
-        names = PartFiles.in_folder(folder).weights()
+        return weight_files(folder)
     except TeacherError as error:
         raise WeightsError(f"{folder}/{error}") from error
-    return [folder / name for name in names if name.endswith(WEIGHTS)]
 
 
 def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,6 @@
 """Teachers whose files are in half precision have the numbers of those that are loaded in float32,
 which takes twice the memory."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,19 @@ from torch import nn
 
 from dmd_core.precision import hold, stored_dtype
 from dmd_core.teacher import TeacherError, load_teacher
-from tests.dmd_core.tiny_families import BUILDERS, CLASSES
+from tests.dmd_core.tiny_families import BUILDERS, save_family
 
 HALVES = [torch.float16, torch.bfloat16]
 
 
 def _save(name: str, folder: Path, dtype: torch.dtype) -> str:
-    torch.manual_seed(0)
-    pipeline = BUILDERS[name]()
-    for part in _networks(pipeline).values():
+    def change(part: nn.Module) -> None:
         with torch.no_grad():
             for parameter in part.parameters():  # norms, too: nothing that bfloat16 has exactly
                 parameter.add_(torch.randn(parameter.shape), alpha=0.1)
         nn.Module.to(part, dtype)
-    pipeline.save_pretrained(folder)
-    if name in ("edm", "ddpm"):
-        (folder / "classes.json").write_text(json.dumps(CLASSES))
-    return str(folder)
+
+    return save_family(name, folder, change)
 
 
 def _networks(pipeline: Any) -> dict[str, nn.Module]:

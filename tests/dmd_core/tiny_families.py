@@ -216,23 +216,24 @@ BUILDERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def save_family(name: str, folder: Path) -> str:
-    """A folder with the family's pipeline; weights depend on the name alone."""
-    torch.manual_seed(sum(map(ord, name)))
-    pipeline = BUILDERS[name]()
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            _stir(part)
-    pipeline.save_pretrained(folder)
-    if name in ("edm", "ddpm"):
-        (folder / "classes.json").write_text(json.dumps(CLASSES))
-    return str(folder)
-
-
 @torch.no_grad()
-def _stir(part: torch.nn.Module) -> None:
+def stir(part: torch.nn.Module) -> None:
     """Some layers start at zero (a transformer's last), and nothing would depend on what is before
     them."""
     for parameter in part.parameters():
         if not parameter.any():
             parameter.normal_(std=0.1)
+
+
+def save_family(name: str, folder: Path, change: Callable[[torch.nn.Module], object] = stir) -> str:
+    """A folder with the family's pipeline; weights depend on the name, and on what `change` does to
+    each network, alone."""
+    torch.manual_seed(sum(map(ord, name)))
+    pipeline = BUILDERS[name]()
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            change(part)
+    pipeline.save_pretrained(folder)
+    if name in ("edm", "ddpm"):
+        (folder / "classes.json").write_text(json.dumps(CLASSES))
+    return str(folder)
