@@ -21,6 +21,7 @@ from dmd_core.diffusers_schedules import family as schedule_family
 from dmd_core.families import CLASSES, Family
 from dmd_core.lora import LoraSettings, add_lora, fuse_lora, save_for_diffusers, save_for_peft
 from dmd_core.model_card import UNKNOWN, Origin, model_card
+from dmd_core.parallel import on_meta
 from dmd_core.schedule import Schedule
 from dmd_core.student_schedulers import student_scheduler
 from dmd_core.teacher import Teacher
@@ -49,14 +50,13 @@ def export_student(
     the model card. A folder is complete or absent: it is written beside and moved into place. The
     teacher is left as it was.
     """
-    network, family = copy.deepcopy(teacher.model), teacher.family
-    scheduler = teacher_student_scheduler(teacher, timesteps)
+    family, scheduler = teacher.family, teacher_student_scheduler(teacher, timesteps)
     temporary = Path(f"{target}.{uuid.uuid4().hex}.tmp")
     try:
         if lora is None:
-            _load_weights(network, generator)
+            network = _with_weights(teacher.model, generator)
         else:
-            _load_adapters(network, generator, lora)
+            network = _with_adapters(teacher.model, generator, lora)
             _save_adapters(family, network, temporary / LORA_FOLDER)
             fuse_lora(network)
         pipeline = _pipeline_of(teacher, network, scheduler)
@@ -93,18 +93,22 @@ def _pipeline_of(teacher: Teacher, network: nn.Module, scheduler: Any) -> Diffus
     return type(pipeline)(**parts, **settings)
 
 
-def _load_weights(network: nn.Module, weights: Tensors) -> None:
-    buffers = {name for name, _ in network.named_buffers()}
-    missing, unexpected = network.load_state_dict(weights, strict=False)
-    wrong = sorted((set(missing) - buffers) | set(unexpected))
+def _with_weights(model: nn.Module, weights: Tensors) -> nn.Module:
+    """A network to be saved, like `model`: of `weights` themselves, no copy, and of its buffers."""
+    network, stored = on_meta(model), model.state_dict()
+    buffers = {name: stored[name] for name, _ in model.named_buffers() if name in stored}
+    missing, unexpected = network.load_state_dict(buffers | weights, strict=False, assign=True)
+    wrong = sorted((*missing, *unexpected))
     if wrong:
         raise ValueError(
             f"the checkpoint's weights are not those of a {type(network).__name__} like the "
             f"teacher's: {len(wrong)} are missing or unknown, such as {wrong[0]}"
         )
+    return network
 
 
-def _load_adapters(network: nn.Module, adapters: Tensors, lora: LoraSettings) -> None:
+def _with_adapters(model: nn.Module, adapters: Tensors, lora: LoraSettings) -> nn.Module:
+    network = copy.deepcopy(model)
     add_lora(network, lora, seed=0)
     expected = {name for name, p in network.named_parameters() if p.requires_grad}
     if adapters.keys() != expected:
@@ -113,6 +117,7 @@ def _load_adapters(network: nn.Module, adapters: Tensors, lora: LoraSettings) ->
             f"{len(expected)}; was it trained with other lora_rank or lora_targets?"
         )
     network.load_state_dict(adapters, strict=False)
+    return network
 
 
 def _save_adapters(family: Family, network: nn.Module, folder: Path) -> None:

@@ -30,13 +30,17 @@ class Geometry:
     own: tuple[int, int]
     patch: int = 1
 
+    @property
+    def step(self) -> int:
+        """Of a picture's sides, in pixels: they are multiples of it."""
+        return self.factor * self.patch
+
     def shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """(C,h,w) of a height × width picture in pixels; None: the teacher's own. Raises
         ValueError."""
-        step = self.factor * self.patch
         for name, value in (("height", height), ("width", width)):
-            if value is not None and value % step:
-                raise ValueError(f"{name} is {value}; expected a multiple of {step}")
+            if value is not None and value % self.step:
+                raise ValueError(f"{name} is {value}; expected a multiple of {self.step}")
         own_height, own_width = self.own
         return (
             self.channels,

@@ -244,6 +244,11 @@ def _stored(path: str, family: Family) -> dict[str, torch.dtype]:
     return {part: stored_dtype(files) for part, files in parts.items() if files}
 
 
+def all_weights(path: str) -> list[Path]:
+    """Of all parts of a teacher's folder."""
+    return [file for part in family_of(path).parts for file in weight_files(Path(path) / part)]
+
+
 def _by_sentencepiece(path: str, family: Family) -> str:
     """What transformers does not say of a tokenizer that it could not read."""
     parts = [Path(path) / part for part in family.parts if part.startswith("tokenizer")]

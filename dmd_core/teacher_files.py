@@ -7,7 +7,8 @@ the names of none.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -90,6 +91,24 @@ def weight_files(folder: Path) -> list[Path]:
     Raises `TeacherError`, as `PartFiles.weights` does."""
     names = PartFiles.in_folder(folder).weights()
     return [folder / name for name in names if name.endswith(WEIGHTS)]
+
+
+def file_states(files: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
+    """Of those that are there: which file it is on its disk, its bytes, and when it was written."""
+    found = {}
+    for file in files:
+        with suppress(FileNotFoundError):
+            stat = file.stat()
+            found[file] = stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return found
+
+
+def overwritten(before: Mapping[Path, tuple[int, int, int]]) -> list[Path]:
+    """Those of `file_states` that were written into since. Without a GPU, weights that are kept in
+    the dtype of their file are the file's own pages, and such a network is another one now. A file
+    in the place of the old one is no harm: the pages of the old one stay."""
+    now = file_states(before)
+    return [file for file in now if now[file][0] == before[file][0] and now[file] != before[file]]
 
 
 def plain_name(name: str, variant: str) -> str:

@@ -126,7 +126,7 @@ def pair_order(session: Session) -> PairOrder:
     check_sampling(session)
     return PairOrder(
         section=section,
-        source=pair_source(section),
+        source=pair_source(section, session.teacher_dir),
         teacher_url=session.teacher_url,
         fingerprint=fingerprint_of(section, teacher_revision(session.teacher_dir)),
         storage=session.recipe.storage,

@@ -17,6 +17,7 @@ from jobs.config import resolve_shipped
 from jobs.pipeline_base import Chain, Step
 from jobs.pipeline_trainings import another_attempt, begin, given_settings, newest_begun
 from jobs.session import Session
+from jobs.teacher_here import pair_source
 from pipelines.beside_results import BEST
 from pipelines.chain import StepRecord, changes_between, in_words
 from pipelines.evaluation import FOLDER as EVALUATION
@@ -53,12 +54,10 @@ class Regenerate(Step):
 
     def inputs(self, chain: Chain) -> dict[str, Any]:
         section, storage = chain.session.recipe.pairs, chain.session.recipe.storage
-        files = (section.prompts,) if isinstance(section.prompts, str) else section.prompts
-        source = PromptSource(tuple(map(resolve_shipped, files)), section.prompt_column)
         settings = given_settings(section)
         return _without(settings, ("prompts", "root", *_PAIRS_WORK), "pairs") | {
             "teacher": chain.teacher_revision,
-            "prompts": _prompts_digest(source, storage),
+            "prompts": _prompts_digest(pair_source(section), storage),
             "pairs": chain.session.pairs_root.url,
             "numerics": numerics_version(section.compute_dtype),
         }

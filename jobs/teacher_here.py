@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping
 from functools import cached_property
-from math import prod
+from math import lcm, prod
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from jobs.session import Session
 from pipelines.config import PairsSection
 from pipelines.costs import Rate, evaluations_per_picture
 from pipelines.prompt_files import PromptError, PromptSource, list_files, read_rows
+from pipelines.prompt_rows import SIDE_STEP
 
 
 class TeacherHere:
@@ -95,9 +96,12 @@ class TeacherHere:
         return taken / count
 
 
-def pair_source(section: PairsSection) -> PromptSource:
+def pair_source(section: PairsSection, teacher_dir: str | None = None) -> PromptSource:
+    """Where the prompts of pairs come from; with `teacher_dir`, their sizes must be ones that this
+    teacher can make."""
     files = (section.prompts,) if isinstance(section.prompts, str) else section.prompts
-    return PromptSource(tuple(map(resolve_shipped, files)), section.prompt_column)
+    step = lcm(SIDE_STEP, folder_geometry(teacher_dir).step) if teacher_dir else SIDE_STEP
+    return PromptSource(tuple(map(resolve_shipped, files)), section.prompt_column, step)
 
 
 def first_prompt(session: Session) -> str:

@@ -34,6 +34,7 @@ _DROPPED = "dropped"
 _PARTS = ("ledger", "data", "rejects", "runs")  # deleted in this order
 _DELETED_AT_ONCE = 256
 _TABLE = re.compile(r"([0-9a-f]{64})(-\d+x\d+)?\.parquet")
+_SOURCE = re.compile(r"[0-9a-f]{64}\.json")  # else left by a killed process, or somebody else's
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _collect_generation(root: Store, lease: Lease, folder: str, kept: Sequence[M
 def _collect_prompts(root: Store, lease: Lease, digests: set[str]) -> int:
     """Delete landed tables that no version was made from; what points to one goes first."""
     records = []
-    for name in list_files(root, root.path("prompts", "sources")):
+    for name in filter(_SOURCE.fullmatch, list_files(root, root.path("prompts", "sources"))):
         path = root.path("prompts", "sources", name)
         if (read_json(root, path) or {}).get("digest") not in digests:
             records.append(path)

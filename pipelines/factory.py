@@ -21,6 +21,7 @@ from pipelines.ledger import (
     drop_unfinished,
     finished_ids,
     forget_lost_files,
+    forget_unstored,
     lost_entries,
     settle_ledger,
 )
@@ -36,7 +37,7 @@ from pipelines.prompts import (
     prepare_prompts,
 )
 from pipelines.run_record import Cost, RunRecord, generation_cost
-from pipelines.seal import SealError, data_keys, seal_generation
+from pipelines.seal import MissingRowsError, SealError, data_keys, seal_generation
 from pipelines.storage import Store, open_store
 from pipelines.stored_rows import version_ids
 from pipelines.version_diff import changed_fields
@@ -133,12 +134,12 @@ def fill_order(
                 forget_lost_files(root, fingerprint.folder, lost)
                 changes = find_changes(order, root, prompts, lost=len(lost))
                 on_changes(changes)
-                if changes.to_make or len(data_keys(root, fingerprint)) > _SEALED_HERE:
-                    manifest = _make(order, prompts, changes.to_make, lease, record, earlier, watch)
-                else:
+                to_make, manifest = changes.to_make, None
+                if not to_make and len(data_keys(root, fingerprint)) <= _SEALED_HERE:
                     record.phase = "sealing"
-                    drop_unfinished(root, fingerprint.folder)
-                    manifest = seal_generation(root, fingerprint, prompts, lease=lease)
+                    manifest, to_make = _sealed_here(order, prompts, lease)
+                if manifest is None:
+                    manifest = _make(order, prompts, to_make, lease, record, earlier, watch)
             garbage = None
             if keep is not None:
                 record.phase = "collecting"
@@ -154,11 +155,13 @@ def _lost_files(root: Store, manifest: Manifest | None) -> tuple[str, ...]:
     if manifest is None:
         return ()
     faults = file_faults(manifest, list_sizes(root, data_folder(manifest)))
-    for file, size in faults.resized:
+    if faults.resized:
+        file, size = faults.resized[0]
+        others = [root.path(other.key) for other, _ in faults.resized[1:]]
         raise SealError(
             f"{root.path(file.key)} is not what version {manifest.version} was sealed with "
             f"({size} bytes, not {file.bytes}); move it away and run again, and its rows will be "
-            "made anew"
+            "made anew" + (f". So are {len(others)} more: {', '.join(others)}" if others else "")
         )
     return tuple(map(file_name, faults.missing))
 
@@ -246,6 +249,21 @@ def find_changes(
         then = version_ids(order.root, newest)
     added, removed = np.setdiff1d(asked, then), np.setdiff1d(then, asked)
     return Changes(settings, len(added), len(removed), len(asked), sizes, lost)
+
+
+def _sealed_here(
+    order: PairOrder, prompts: LandedPrompts, lease: Lease
+) -> tuple[Manifest | None, int]:
+    """The version, without Ray. None, and the rows to make: the ledger lists rows that no file
+    holds."""
+    root, fingerprint = order.root, order.fingerprint
+    drop_unfinished(root, fingerprint.folder)
+    try:
+        return seal_generation(root, fingerprint, prompts, lease=lease), 0
+    except MissingRowsError as error:
+        if not forget_unstored(root, fingerprint.folder, error.ids):
+            raise
+        return None, find_changes(order, root, prompts).to_make
 
 
 def _make(

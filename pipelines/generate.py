@@ -17,7 +17,7 @@ from ray.data.checkpoint import CheckpointConfig
 from dmd_core.files import is_local
 from pipelines.landed import table_ids
 from pipelines.lease import Lease
-from pipelines.ledger import finished_ids, forget_lost_files
+from pipelines.ledger import finished_ids, forget_unstored
 from pipelines.manifest_model import Manifest
 from pipelines.pair_names import FencedNames
 from pipelines.pairs import PARQUET_OPTIONS
@@ -60,7 +60,8 @@ def generate_pairs(
     """Make the pairs that are not there yet and seal a version. Ray must be running.
 
     `on_phase` is told "generating" and "sealing". A ledger entry whose data vanished under the run
-    (left over by a writer that was thought dead) is found when sealing, and its rows are made.
+    (left over by a writer that was thought dead), or that lists a row which its data lacks, is
+    found when sealing, and its rows are made.
     """
     root, fingerprint = task.root, task.fingerprint
     for last in (False,) * (_PASSES - 1) + (True,):
@@ -75,8 +76,8 @@ def generate_pairs(
             return seal_generation(
                 root, fingerprint, prompts, lease=lease, map_files=_map_on_cluster
             )
-        except MissingRowsError:
-            if last or not forget_lost_files(root, fingerprint.folder):
+        except MissingRowsError as error:
+            if last or not forget_unstored(root, fingerprint.folder, error.ids):
                 raise
     raise AssertionError("the last pass returns or raises")
 

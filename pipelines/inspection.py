@@ -28,8 +28,9 @@ from pipelines.manifest import (
     manifest_path,
 )
 from pipelines.manifest_model import Manifest, generation_folder
+from pipelines.parquet_parts import open_parts
 from pipelines.rejects import RejectFileError, read_rejects
-from pipelines.run_record import Cost
+from pipelines.run_record import Cost, is_run_record
 from pipelines.storage import Store, no_answer
 from pipelines.version_files import data_folder, file_faults, list_sizes
 
@@ -234,8 +235,8 @@ def _look(
     def read(name: str) -> list[Found]:
         path = root.path(folder, name)
         try:
-            with root.fs.open(path, "rb") as stream:
-                return [look(pq.ParquetFile(stream))]
+            with open_parts(root, path) as file:
+                return [look(file)]
         except FileNotFoundError:
             return []  # collected since it was listed
         except (pa.ArrowException, KeyError, OSError) as error:
@@ -252,7 +253,7 @@ def _runs(
 ) -> list[dict[str, Any]]:
     """What each run of the generation noted about itself."""
     found = []
-    for name in sorted(listings.sizes(f"{folder}/runs")):
+    for name in sorted(filter(is_run_record, listings.sizes(f"{folder}/runs"))):
         try:
             content = read_json(root, root.path(folder, "runs", name))
         except StoreError as error:

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipelines.commits import StoreError, list_files
 from pipelines.manifest_model import Manifest
+from pipelines.parquet_parts import open_parts
 from pipelines.prompts import LandedPrompts
 from pipelines.storage import Store
 
@@ -21,8 +21,8 @@ def landed_ids(root: Store, prompts: LandedPrompts) -> np.ndarray:
 def table_ids(root: Store, path: str) -> np.ndarray:
     """The ids of one landed table, int64; raises `StoreError` when it cannot be read."""
     try:
-        with root.fs.open(path, "rb") as stream:
-            table = pq.ParquetFile(stream).read(columns=["pair_id"])
+        with open_parts(root, path) as file:
+            table = file.read(columns=["pair_id"])
     except (pa.ArrowException, OSError) as error:
         raise StoreError(f"{path}: cannot be read: {error}") from error
     return table["pair_id"].to_numpy()

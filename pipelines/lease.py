@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dmd_core.files import store_errors, write_atomic
+from dmd_core.files import is_local, store_errors, write_atomic
 from pipelines.commits import (
     StoreError,
     check_create_only,
@@ -190,7 +190,7 @@ def lease_status(root: Store) -> dict[str, Any] | None:
 def _take(root: Store, period_s: float, purpose: str) -> tuple[int, bool]:
     """(the new lease's number, was one taken over that nobody had released?)"""
     fence = newest_fence(root)
-    if not fence:
+    if not fence or not is_local(root.fs):  # a folder may have been copied to a careless store
         check_create_only(root)
     taken_over = bool(fence) and _outlived(root, fence)
     record = {

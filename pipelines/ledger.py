@@ -7,12 +7,13 @@ only saves work; what a version holds is decided when it is sealed.
 
 import re
 from collections.abc import Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.commits import delete_if_there, list_files
+from pipelines.bounded import map_bounded
+from pipelines.commits import StoreError, delete_if_there, list_files
 from pipelines.storage import Store
 
 _PENDING = ".pending.parquet"
@@ -40,8 +41,7 @@ def finished_ids(root: Store, generation: str, *, without: Collection[str] = ())
     """The ids in all entries that are not pending, int64; `without` those of these names."""
     names = [name for name in _entries(root, generation) if name not in without]
     paths = [root.path(generation, "ledger", name) for name in names if not _is_pending(name)]
-    with ThreadPoolExecutor(max_workers=_READERS) as pool:
-        found = list(pool.map(lambda path: _ids(root, path), paths))
+    found = list(map_bounded(lambda path: _ids(root, path), paths, _READERS))
     return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
@@ -83,7 +83,21 @@ def lost_entries(root: Store, generation: str, lost: Collection[str] = ()) -> li
 
 def forget_lost_files(root: Store, generation: str, lost: Collection[str] = ()) -> list[str]:
     """Remove the `lost_entries`, so that their rows are made again; returns their names."""
-    names = lost_entries(root, generation, lost)
+    return _forget(root, generation, lost_entries(root, generation, lost))
+
+
+def forget_unstored(root: Store, generation: str, ids: np.ndarray) -> list[str]:
+    """Remove the entries that list one of `ids`, which no data file holds, and the `lost_entries`;
+    returns their names. When a node dies between an entry and its report, Ray writes the block
+    anew under the entry that is there: what is rejected this time is listed all the same."""
+    names = [name for name in _entries(root, generation) if not _is_pending(name)]
+    paths = [root.path(generation, "ledger", name) for name in names]
+    listed = map_bounded(lambda path: np.isin(ids, _ids(root, path)).any(), paths, _READERS)
+    wrong = {name for name, found in zip(names, listed, strict=True) if found}
+    return _forget(root, generation, sorted(wrong.union(lost_entries(root, generation))))
+
+
+def _forget(root: Store, generation: str, names: list[str]) -> list[str]:
     for name in names:
         delete_if_there(root, root.path(generation, "ledger", name))
     return names
@@ -98,5 +112,11 @@ def _is_pending(name: str) -> bool:
 
 
 def _ids(root: Store, path: str) -> np.ndarray:
-    with root.fs.open(path, "rb") as stream:
-        return pq.ParquetFile(stream).read(columns=["pair_id"])["pair_id"].to_numpy()
+    try:
+        with root.fs.open(path, "rb") as stream:
+            return pq.ParquetFile(stream).read(columns=["pair_id"])["pair_id"].to_numpy()
+    except (pa.ArrowException, OSError) as error:
+        raise StoreError(
+            f"{path}: cannot be read: {error}. If it is damaged, move it away and run again: its "
+            "rows will be made anew"
+        ) from error

@@ -17,6 +17,7 @@ from dmd_core.files import is_local
 from pipelines.bounded import map_bounded
 from pipelines.manifest_model import Manifest, ManifestFile
 from pipelines.pairs import PairSchemaError, check_schema, fingerprint_digest
+from pipelines.parquet_parts import part_stream
 from pipelines.storage import Store
 
 # To open a file and check its footer costs more than to read a row group. A footer takes some
@@ -110,7 +111,7 @@ class PairFiles:
 
     def _checked(self, path: str, number: int, file: ManifestFile) -> pq.ParquetFile:
         with ExitStack() as closing:  # a file that is refused does not stay open
-            stream = closing.enter_context(self._stream(path))
+            stream = closing.enter_context(part_stream(self._root, path))
             self._check_bytes(path, number, file, stream)
             known = self._footers.get(number)
             # Reading ahead saves requests; on a local disk it only costs.
@@ -125,12 +126,6 @@ class PairFiles:
                 self._footers.put(number, parquet.metadata)
             closing.pop_all()
         return parquet
-
-    def _stream(self, path: str) -> pa.NativeFile:
-        if is_local(self._root.fs):
-            return pa.OSFile(path)
-        # Arrow asks for whole ranges; a cache of blocks per open file would take memory.
-        return pa.PythonFile(self._root.fs.open(path, "rb", cache_type="none"), mode="r")
 
     def _check_bytes(
         self, path: str, number: int, file: ManifestFile, stream: pa.NativeFile

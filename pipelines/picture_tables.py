@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.pair_order import WINDOW_ROW_GROUPS, RowOrder
+from pipelines.parquet_parts import open_parts
 from pipelines.storage import Store
 
 _PICTURE_COLUMNS, _CAPTION_COLUMNS = ("image", "picture", "png"), ("prompt", "text", "caption")
@@ -38,15 +39,15 @@ def refs_of_table(store: Store, key: str) -> list[PictureRef]:
     groups that are too large to be read for a few pictures."""
     path = store.path(key)
     try:
-        with store.fs.open(path, "rb") as stream:
-            file = pq.ParquetFile(stream)
+        with open_parts(store, path) as file:
             picture = _column(file.schema_arrow, _PICTURE_COLUMNS, path)
             name = _column(file.schema_arrow, _CAPTION_COLUMNS, path)
             _refuse_large(file.metadata, picture, path)
             prompts = file.read(columns=[name])[name].to_pylist()
+            metadata = file.metadata
     except (pa.ArrowException, OSError) as error:
         raise PictureError(f"{path} cannot be read: {error}") from error
-    counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     groups = np.repeat(np.arange(len(counts)), counts).tolist()
     rows = enumerate(zip(prompts, groups, strict=True))
     return [PictureRef(key, row, prompt or "", group) for row, (prompt, group) in rows]
@@ -96,8 +97,7 @@ def _place(ref: PictureRef) -> tuple[str, int]:
 def _read_group(store: Store, key: str, group: int) -> pa.ChunkedArray:
     path = store.path(key)
     try:
-        with store.fs.open(path, "rb") as stream:
-            file = pq.ParquetFile(stream)
+        with open_parts(store, path) as file:
             name = _column(file.schema_arrow, _PICTURE_COLUMNS, path)
             return file.read_row_group(group, columns=[name])[name]
     except pa.ArrowException as error:

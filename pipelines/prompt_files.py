@@ -20,7 +20,7 @@ from fsspec import AbstractFileSystem
 
 from dmd_core.files import is_local
 from pipelines.config import StorageSection
-from pipelines.prompt_rows import BadCellError, PromptRow, checked_row, class_label
+from pipelines.prompt_rows import SIDE_STEP, BadCellError, PromptRow, checked_row, class_label
 from pipelines.storage import no_answer, open_store
 
 _LABEL = "class_label"  # read in place of a prompt column that is not there
@@ -40,10 +40,12 @@ class PromptError(ValueError):
 @dataclass(frozen=True)
 class PromptSource:
     """Where prompts come from: paths, globs, s3:// URLs, and the column that holds the prompt
-    (csv, jsonl, parquet; a txt file has a prompt per line)."""
+    (csv, jsonl, parquet; a txt file has a prompt per line). Sizes that rows have of their own must
+    be multiples of `side_step` pixels: the teacher's."""
 
     files: tuple[str, ...]
     column: str = "prompt"
+    side_step: int = SIDE_STEP
 
     def __post_init__(self) -> None:
         if self.column in _OPTIONAL:
@@ -84,12 +86,13 @@ def hash_file(file: PromptFile) -> str:
     return digest.hexdigest()
 
 
-def read_rows(file: PromptFile, column: str) -> Iterator[PromptRow]:
-    """The rows of a file, lazily. Raises `PromptError` at the first bad one."""
+def read_rows(file: PromptFile, column: str, side_step: int = SIDE_STEP) -> Iterator[PromptRow]:
+    """The rows of a file, lazily. Raises `PromptError` at the first bad one. `side_step`: see
+    `PromptSource`."""
     readers = {"txt": _from_txt, "csv": _from_csv, "jsonl": _from_jsonl, "parquet": _from_parquet}
     for number, cells in readers[file.kind](file, column):
         try:
-            row = checked_row(*cells)
+            row = checked_row(*cells, side_step=side_step)
         except BadCellError as error:
             raise PromptError(f"{_place(file, number)}: {error}") from None
         yield row

@@ -5,6 +5,7 @@ import unicodedata
 from typing import Any, NamedTuple
 
 MAX_PROMPT_CHARACTERS = 10_000
+SIDE_STEP = 8  # pixels, at least; a teacher may need more
 _MAX_SIDE = 65_536
 # Unicode's Cc (control) and Cs (half of a surrogate pair, which UTF-8 cannot hold), less \t \r \n.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -24,9 +25,12 @@ class PromptRow(NamedTuple):
     width: int | None = None
 
 
-def checked_row(prompt: Any, negative: Any, height: Any, width: Any) -> PromptRow:
+def checked_row(
+    prompt: Any, negative: Any, height: Any, width: Any, side_step: int = SIDE_STEP
+) -> PromptRow:
     """The row as it is kept: texts in NFC without surrounding white space, class labels in decimal
-    digits. `prompt` is a str or an int, the others are as found. Raises `BadCellError`."""
+    digits. `prompt` is a str or an int, the others are as found; height and width are multiples of
+    `side_step`. Raises `BadCellError`."""
     if type(prompt) is int:
         if prompt < 0:
             raise BadCellError(f"class label {prompt}; expected 0 or more")
@@ -44,7 +48,7 @@ def checked_row(prompt: Any, negative: Any, height: Any, width: Any) -> PromptRo
         given, other = ("height", "width") if width is None else ("width", "height")
         raise BadCellError(f"{given} without {other}; expected both or neither")
     if height is not None:
-        height, width = _side("height", height), _side("width", width)
+        height, width = _side("height", height, side_step), _side("width", width, side_step)
     return PromptRow(text, negative, height, width)
 
 
@@ -66,10 +70,10 @@ def _clean(text: str, what: str) -> str:
     return text
 
 
-def _side(name: str, cell: object) -> int:
+def _side(name: str, cell: object, step: int) -> int:
     value = int(cell) if isinstance(cell, str) and _DIGITS.fullmatch(cell.strip()) else cell
-    if type(value) is not int or not 0 < value <= _MAX_SIDE or value % 8:
+    if type(value) is not int or not 0 < value <= _MAX_SIDE or value % step:
         raise BadCellError(
-            f"{name} {cell!r}; expected a positive multiple of 8, at most {_MAX_SIDE:,}"
+            f"{name} {cell!r}; expected a positive multiple of {step}, at most {_MAX_SIDE:,}"
         )
     return value

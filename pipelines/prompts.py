@@ -34,7 +34,7 @@ from pipelines.prompt_records import (
     PreparedTable,
     find_record,
 )
-from pipelines.prompt_rows import PromptRow
+from pipelines.prompt_rows import SIDE_STEP, PromptRow
 from pipelines.prompt_sort import LANDED, SPILLED, RowBuckets, SameIdError, TableFiles
 from pipelines.storage import Store
 
@@ -102,7 +102,7 @@ def find_landed(
     Reads the bytes of the source files, but not their rows.
     """
     source = _as_source(source)
-    key = _source_key(list_files(source, options), source.column, seed, samples_per_prompt)
+    key = _source_key(list_files(source, options), source, seed, samples_per_prompt)
     return find_record(root, key, whole=whole)
 
 
@@ -133,7 +133,7 @@ def prepare_prompts(
     source = _as_source(source)
     files = list_files(source, options)
     stamps = _stamps(files)
-    key = _source_key(files, source.column, seed, samples_per_prompt)
+    key = _source_key(files, source, seed, samples_per_prompt)
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as spilled:
         buckets = RowBuckets(spilled)
@@ -166,7 +166,7 @@ def _names(source: PromptSource) -> str:
 def _read(files: Iterable[PromptFile], source: PromptSource) -> Iterator[PromptRow]:
     empty = True
     for file in files:
-        for row in read_rows(file, source.column):
+        for row in read_rows(file, source.column, source.side_step):
             empty = False
             yield row
     if empty:
@@ -179,11 +179,14 @@ def _stamps(files: Sequence[PromptFile]) -> list[str]:
 
 
 def _source_key(
-    files: Sequence[PromptFile], column: str, seed: int, samples_per_prompt: int
+    files: Sequence[PromptFile], source: PromptSource, seed: int, samples_per_prompt: int
 ) -> str:
-    """Equal bytes under another suffix are other prompts: the kind of each file is a part."""
+    """Equal bytes under another suffix are other prompts: the kind of each file is a part. So is a
+    `side_step` of the teacher's: what was landed for another one was not checked for this."""
     hashes = [[file.kind, hash_file(file)] for file in files]
-    parts = [RECORD_FORMAT, column, seed, samples_per_prompt, hashes]
+    parts = [RECORD_FORMAT, source.column, seed, samples_per_prompt, hashes]
+    if source.side_step != SIDE_STEP:
+        parts.append(source.side_step)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

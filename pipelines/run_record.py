@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
@@ -12,6 +13,7 @@ from pipelines.bounded import map_bounded
 from pipelines.commits import StoreError, list_files, read_json
 from pipelines.storage import Store
 
+_NAME = re.compile(r"\d{6,}\.json")
 _READERS = 16  # small files: the store's response time counts, not its bandwidth
 
 
@@ -60,8 +62,13 @@ def generation_cost(root: Store, generation: str) -> Cost:
     A record that cannot be read counts nothing: `dmd inspect` names it.
     """
     folder = root.path(generation, "runs")
-    paths = [f"{folder}/{name}" for name in list_files(root, folder)]
+    paths = [f"{folder}/{name}" for name in list_files(root, folder) if is_run_record(name)]
     return Cost.of(filter(None, map_bounded(lambda path: _readable(root, path), paths, _READERS)))
+
+
+def is_run_record(name: str) -> bool:
+    """Of a file in a generation's folder runs/: others lie there where a process was killed."""
+    return _NAME.fullmatch(name) is not None
 
 
 def _readable(root: Store, path: str) -> dict[str, Any] | None:

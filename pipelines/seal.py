@@ -48,7 +48,11 @@ class SealError(RuntimeError):
 
 
 class MissingRowsError(SealError):
-    """Rows are neither stored nor rejected: the generation is not finished."""
+    """Rows (`ids`) are neither stored nor rejected: the generation is not finished."""
+
+    def __init__(self, message: str, ids: np.ndarray) -> None:
+        super().__init__(message)
+        self.ids = ids
 
 
 class NoUsablePairError(SealError):
@@ -153,10 +157,11 @@ def _rejected_of(
     missing = np.setdiff1d(asked, stored)
     rejects = read_rejects(root, fingerprint.folder, fence=lease.fence if lease else None)
     rejected = np.intersect1d(missing, np.fromiter(rejects, np.int64, len(rejects)))
-    if len(rejected) < len(missing):
+    if len(unknown := np.setdiff1d(missing, rejected)):
         raise MissingRowsError(
-            f"{root.path(fingerprint.folder)}: {len(missing) - len(rejected)} of {len(asked)} "
-            "rows are neither stored nor rejected; run the generation again"
+            f"{root.path(fingerprint.folder)}: {len(unknown)} of {len(asked)} "
+            "rows are neither stored nor rejected; run the generation again",
+            unknown,
         )
     return rejected
 

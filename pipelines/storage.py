@@ -6,6 +6,7 @@ string inside a Ray call would resolve the bucket's region against AWS and fail 
 
 import os
 import sys
+import uuid
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -138,7 +139,7 @@ def check_writable(store: Store) -> None:
 
     Raises `PermissionError` for a refusal; a store that does not answer raises what it raises.
     """
-    probe = store.path(f".writable-{os.getpid()}")
+    probe = store.path(f".writable-{uuid.uuid4().hex}")
     try:
         if is_local(store.fs):  # elsewhere there are no folders (see `_ObjectStoreHandler`)
             store.fs.makedirs(store.root, exist_ok=True)

@@ -10,7 +10,6 @@ from typing import cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from pipelines.bounded import map_bounded
@@ -23,6 +22,7 @@ from pipelines.pairs import (
     decode_pairs,
     fingerprint_digest,
 )
+from pipelines.parquet_parts import open_parts
 from pipelines.seal import FileFacts, Inspector, SealError
 from pipelines.storage import Store
 
@@ -66,8 +66,7 @@ def read_columns(root: Store, file: ManifestFile, columns: Sequence[str]) -> pa.
     """Some columns of the file's rows that belong to the version; raises `PairFileError`."""
     path = root.path(file.key)
     try:
-        with root.fs.open(path, "rb") as stream:
-            parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+        with open_parts(root, path, checksums=True) as parquet:
             table = parquet.read(columns=list(columns))
     except (pa.ArrowException, OSError) as error:
         raise PairFileError(f"{path}: cannot be read: {error}") from error
@@ -125,8 +124,7 @@ def _read_places(
     try:
         if verify:
             _check_content(root, path, file)
-        with root.fs.open(path, "rb") as stream:
-            parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+        with open_parts(root, path, checksums=True) as parquet:
             digest = fingerprint_digest(parquet.schema_arrow)
             counts = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
             if tuple(counts) != file.row_groups or digest != manifest.fingerprint_digest:

@@ -8,9 +8,9 @@ import torch
 from dmd_core.checkpoint import (
     MARKER,
     Checkpoint,
-    CheckpointError,
     checkpoint_path,
     load_checkpoint,
+    stored_tensors,
 )
 from dmd_core.export import export_student
 from dmd_core.families import read_index
@@ -37,12 +37,13 @@ def checkpoint_digest(store: Store, step: int) -> str:
 
 
 def load_student(store: Store, folder: str, step: int) -> Checkpoint:
-    """The student's weights alone, of the checkpoint `step` in `<store>/<folder>`. Raises
-    `CheckpointError`."""
+    """Of the checkpoint `step` in `<store>/<folder>` what is exported: the student's moving average
+    where there is one, else its weights. Raises `CheckpointError`."""
     root = store.path(folder)
-    found = load_checkpoint(store.fs, root, step, only=("generator", "ema"))
-    if found is None:
-        raise CheckpointError(f"{store.url}/{folder} has no checkpoint of step {step}")
+    parts = stored_tensors(store.fs, root, step)
+    part = "ema" if "ema" in parts else "generator"
+    found = load_checkpoint(store.fs, root, step, only=(part,))
+    assert found is not None  # of a step that is asked for, there is one or an error
     return found
 
 
@@ -91,8 +92,8 @@ def export_checkpoint(
     card: dict[str, Any],
     origin: Origin = UNKNOWN,
 ) -> None:
-    """Write the local folder `target`: the moving average where there is one."""
-    weights = checkpoint.parts.get("ema") or checkpoint.parts["generator"]
+    """Write the local folder `target` from what `load_student` has read."""
+    (weights,) = checkpoint.parts.values()
     export_student(
         teacher,
         weights,

@@ -13,7 +13,8 @@ import torch
 
 from dmd_core.compilation import compile_network
 from dmd_core.noise import sample_noise
-from dmd_core.teacher import Teacher, TeacherError, load_teacher
+from dmd_core.teacher import Teacher, TeacherError, all_weights, load_teacher
+from dmd_core.teacher_files import file_states, overwritten
 from dmd_core.types import PairBatch
 from pipelines.computing import prepare_computing
 from pipelines.config import PairsSection, StorageSection
@@ -63,6 +64,7 @@ class TeacherActor:
         section = task.section
         prepare_computing(1)  # see `prepare_computing`
         folder = local_teacher(task.teacher_url, task.storage)
+        self._files = file_states(all_weights(folder))
         with device_named():
             self._teacher = load_teacher(
                 folder,
@@ -110,6 +112,11 @@ class TeacherActor:
         except DeviceFaultError as error:
             self._end_process(DeviceFault(tuple(ids[row] for row in error.rows), str(error)))
         busy = time.perf_counter() - started
+        if changed := overwritten(self._files):
+            raise TeacherError(
+                f"teacher {self._task.teacher_url} changed during the run: {changed[0]} was "
+                "written to. What was made before that is kept; run the same command again"
+            )
         if solved.faults:
             rejected = [
                 RejectedRow(ids[fault.index], prompts[fault.index], fault.reason, fault.attempts)

@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 
 from dmd_core.denoiser import NetworkDenoiser
 from dmd_core.diffusers_networks import DiffusersNetwork
-from dmd_core.export import export_student, student_scheduler
+from dmd_core.export import _with_weights, export_student, student_scheduler
 from dmd_core.lora import LoraSettings, add_lora
 from dmd_core.noise import sample_noise
 from dmd_core.student import Student
@@ -53,6 +53,18 @@ def test_export_leaves_the_teacher_as_it_was_and_replaces_an_older_student(
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert type(teacher.pipeline.scheduler) is scheduler
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_student_is_written_from_the_weights_that_are_there(tiny_teacher_dir):
+    """No second network beside the teacher's and the student's: of SDXL one has 10 GB."""
+    model = load_teacher(tiny_teacher_dir).model
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    written = _with_weights(model, weights).state_dict()
+    assert written.keys() == weights.keys()
+    assert all(written[name].data_ptr() == weights[name].data_ptr() for name in weights)
+    name, _ = weights.popitem()
+    with pytest.raises(ValueError, match=f"1 are missing or unknown, such as {name}"):
+        _with_weights(model, weights)
 
 
 def test_a_picture_needs_none_of_our_code(tiny_teacher_dir, tmp_path):

@@ -28,9 +28,7 @@ pytestmark = pytest.mark.slow
 # Pixels: their own 512 and 1024 take sixteen times as long.
 SIDE = {"sd15": 128, "sdxl": 256}
 SOLVER = {"sd15": "pndm", "sdxl": "euler"}
-# Of all networks in float32; exporting makes one more of the UNet.
-PAIRS_GB = {"sd15": 5, "sdxl": 15}
-EXPORT_GB = {"sd15": 9, "sdxl": 26}
+GIGABYTES = {"sd15": 5, "sdxl": 15}  # of all networks in float32
 
 
 @pytest.fixture(scope="module", params=list(ARCHITECTURES))
@@ -43,15 +41,15 @@ def published(request) -> Iterator[tuple[str, str]]:
         yield request.param, f"{folder}/teacher"
 
 
-def loaded(name: str, folder: str, gigabytes: int) -> Teacher:
-    if psutil.virtual_memory().available < gigabytes * 1e9:
-        pytest.skip(f"{name} needs {gigabytes} GB of free memory")
+def loaded(name: str, folder: str) -> Teacher:
+    if psutil.virtual_memory().available < GIGABYTES[name] * 1e9:
+        pytest.skip(f"{name} needs {GIGABYTES[name]} GB of free memory")
     return load_teacher(folder, size=(SIDE[name], SIDE[name]))
 
 
 def test_pairs(published):
     name, folder = published
-    teacher, side = loaded(name, folder, PAIRS_GB[name]), SIDE[name]
+    teacher, side = loaded(name, folder), SIDE[name]
     assert teacher.latent_shape() == (4, *2 * (ARCHITECTURES[name].unet["sample_size"],))
     eps = sample_noise([1], teacher.latent_shape(side, side))
     pair = teacher.solve(eps, ["a red fox"], solver=SOLVER[name], steps=2, guidance_scale=7.5)
@@ -68,7 +66,7 @@ def test_pairs(published):
 
 def test_export(published):
     name, folder = published
-    teacher, side = loaded(name, folder, EXPORT_GB[name]), SIDE[name]
+    teacher, side = loaded(name, folder), SIDE[name]
     eps = sample_noise([1], teacher.latent_shape(side, side))
     student = Student.one_step(NetworkDenoiser(DiffusersNetwork(teacher.model), teacher.schedule))
     with torch.no_grad():

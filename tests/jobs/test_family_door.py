@@ -1,5 +1,8 @@
 """Recipes that a teacher's family cannot follow are refused before work starts."""
 
+import json
+import shutil
+
 import pytest
 
 from jobs.errors import Exit
@@ -135,3 +138,23 @@ def _planned_pairs(teacher: str, folder, capsys, **pairs: object) -> tuple[int, 
     }  # fmt: skip
     changes = {f"pairs__{key}": value for key, value in pairs.items()}
     return run_tiny("pairs", base, changes, capsys, words=["--dry-run"])
+
+
+def test_a_row_s_own_size_that_the_teacher_cannot_make_is_named_by_line(
+    families, tmp_path, capsys, monkeypatch
+):
+    """As of SD 3: a VAE of factor 8, and tokens of 2×2. Before any other row is made."""
+    folder = shutil.copytree(families.folder("sd3"), tmp_path / "teacher")
+    config = folder / "vae" / "config.json"
+    vae = json.loads(config.read_text())
+    config.write_text(json.dumps(vae | {"block_out_channels": [8, 8, 8, 8]}))
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("prompt,height,width\ncat,,\ndog,32,48\nfox,32,40\n")
+    monkeypatch.setattr("jobs.session.Session.start_ray", lambda self: pytest.fail("too late"))
+    settings = {
+        "run.dir": tmp_path / "run", "teacher.path": folder, "pairs.prompts": prompts,
+        "pairs.solver": "flow_euler", "pairs.height": 16, "pairs.width": 16,
+    }  # fmt: skip
+    code, message = run_tiny("pairs", settings, {}, capsys)
+    assert code == Exit.REFUSED
+    assert "prompts.csv, line 4: width '40'; expected a positive multiple of 16" in message

@@ -174,6 +174,20 @@ def test_a_collector_that_was_killed_is_followed_by_one_that_ends_its_work(root,
     assert not [path for path in stored(root) if path.startswith(other(1).folder)]
 
 
+def test_what_is_no_record_of_prompts_is_left_alone(root):
+    """Of a process that was killed while it wrote one, or of a file browser."""
+    strays = [
+        root.path("prompts", "sources", name) for name in (f"{'a' * 64}.json.0f.tmp", ".DS_Store")
+    ]
+    for steps in (1, 2):
+        seal(root, range(4), other(steps), name=f"w{steps}_0")
+        for path in strays:
+            write_atomic(root.fs, path, b"")
+    collect(root, 1)
+    assert not needs_collecting(root, 1) and all(map(root.fs.exists, strays))
+    assert_readable(root)
+
+
 def test_unfinished_work_and_rows_that_may_come_back_are_not_touched(root):
     write_file(root, "w0_0-0.parquet", range(7), fingerprint=other(9))  # never sealed
     seal(root, range(6), name="w1_0")

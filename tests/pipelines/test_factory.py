@@ -4,16 +4,18 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
+from pipelines.commits import StoreError
 from pipelines.factory import order_changes
 from pipelines.inspection import inspect_dataset
 from pipelines.lease import newest_fence
 from pipelines.seal import SealError
 from pipelines.storage import open_store
-from tests.chaos.stand_in import SAMPLES, order_of, regenerate
+from tests.chaos.stand_in import SAMPLES, order_of, regenerate, write
 from tests.chaos.whole import assert_whole
-from tests.pipelines.made_pairs import FINGERPRINT
+from tests.pipelines.made_pairs import FINGERPRINT, made_table
 
 ROWS = 3 * SAMPLES
 
@@ -75,6 +77,44 @@ def test_a_file_of_another_size_is_named_before_any_work_until_it_is_moved_away(
     factory.assert_whole(version=2)
 
 
+def test_all_files_of_another_size_are_named_at_once(factory):
+    first, second, _ = factory.files()
+    for damaged in (first, second):
+        damaged.write_bytes(b"")
+    with pytest.raises(SealError, match=rf"{first.name} is not what .* 1 more: \S+{second.name}$"):
+        factory.run()
+
+
+def test_an_entry_that_cannot_be_read_is_named_until_it_is_moved_away(factory):
+    folder = Path(factory.root.path(FINGERPRINT.folder, "ledger"))
+    torn = sorted(folder.glob("*.parquet"))[1]
+    torn.write_bytes(b"")
+    factory.prompts.write_text("a red fox\na blue whale\na flag\na green apple")
+    with pytest.raises(StoreError, match=rf"{torn.name}: cannot be read: .*move it away"):
+        factory.run()
+    torn.unlink()
+    assert factory.to_make() == 2 * SAMPLES  # those of the entry, and the new ones
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_row_that_the_ledger_lists_and_no_file_holds_is_made(factory, others):
+    """A node died between a ledger entry and its report; in the repeated block a row was rejected,
+    and Ray kept the entry. With and without other rows to make."""
+    ids = pq.read_table(factory.files()[0])["pair_id"].to_pylist()
+    factory.files()[0].unlink()  # as if never sealed: no version is to name the file
+    for manifest in Path(factory.root.path("manifests")).iterdir():
+        manifest.unlink()
+    folder = Path(factory.root.path(FINGERPRINT.folder, "ledger"))
+    entry = next(e for e in folder.iterdir() if ids[0] in pq.read_table(e)["pair_id"].to_pylist())
+    data = factory.root.path(FINGERPRINT.folder, "data", f"{entry.stem}-0.parquet")
+    write(factory.root, data, made_table(ids[:1]))
+    if others:
+        factory.prompts.write_text("a red fox\na blue whale\na flag\na green apple")
+    outcome = factory.run()
+    assert outcome.manifest.rows == ROWS + SAMPLES * others and not outcome.manifest.rejected
+    assert_whole(Path(factory.root.root), outcome.manifest.rows)
+
+
 def test_the_cost_is_that_of_all_runs_of_the_generation(factory):
     """Of killed ones up to their last beat; what cannot be read of them counts nothing."""
     runs = Path(factory.root.path(FINGERPRINT.folder, "runs"))
@@ -82,9 +122,14 @@ def test_the_cost_is_that_of_all_runs_of_the_generation(factory):
     (runs / "000007.json").write_text(json.dumps(killed))
     (runs / "000008.json").write_text(json.dumps(killed | {"busy_s": 1.5, "gpu_s": 0.0}))
     (runs / "000009.json").write_text("{")
+    # Whole or torn, of a process that was killed while it replaced a record.
+    (runs / "000008.json.0f.tmp").write_text(json.dumps(killed))
+    (runs / "000007.json.0f.tmp").write_text("{")
     nothing = factory.run()
     assert not nothing.made and nothing.cost == {}
     found = nothing.cost_so_far
     assert (found.runs, found.gpu_s, found.cpu_s, found.busy_s) == (3, 2.0, 1.5, 5.5)
+    problems = inspect_dataset(factory.root).problems
+    assert len(problems) == 1 and "000009.json is not JSON" in problems[0]
     factory.prompts.write_text("a red fox")
     assert factory.run().cost_so_far.gpu_s == 2.0

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from s3fs.core import S3File
 
 from dmd_core.teacher import Teacher, TeacherError, load_teacher
 from pipelines.batches import PairFileError
@@ -394,3 +395,18 @@ def test_captions_keep_to_their_width():
         assert 1 <= len(lines) <= 2 and all(font.getlength(line) <= 160 for line in lines)
         whole = " ".join(lines) == " ".join(text.split())
         assert whole != (lines[-1].endswith("…") or lines[0].endswith("…"))
+
+
+def test_one_column_of_a_version_on_s3_is_read_without_the_others(s3_store, monkeypatch):
+    """s3fs would read 50 MiB ahead: every file whole, noise and latents too."""
+    write_file(s3_store, "a-0.parquet", range(2000), row_group_rows=1000)
+    manifest = commit_files(s3_store, ["a-0.parquet"])
+    fetched, fetch = [], S3File._fetch_range
+
+    def counted(self, start, end):
+        fetched.append(end - start)
+        return fetch(self, start, end)
+
+    monkeypatch.setattr(S3File, "_fetch_range", counted)
+    assert version_ids(s3_store, manifest).tolist() == list(range(2000))
+    assert 0 < sum(fetched) < manifest.files[0].bytes / 2

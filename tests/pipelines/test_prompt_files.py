@@ -234,6 +234,14 @@ def test_bad_csv_is_refused_by_line(tmp_path, content, message):
         rows_of(write(tmp_path / "a.csv", content))
 
 
+def test_sizes_are_multiples_of_the_teacher_s_step(tmp_path):
+    path = write(tmp_path / "a.csv", "prompt,height,width\nfox,512,768\nwhale,1080,1920\n")
+    (file,) = list_files(str(path), None)
+    assert [row.height for row in read_rows(file, "prompt")] == [512, 1080]
+    with pytest.raises(PromptError, match=r"a\.csv, line 3: height '1080'; .* multiple of 16,"):
+        list(read_rows(file, "prompt", 16))
+
+
 def test_parquet_columns_of_other_types_are_refused(tmp_path):
     for columns, message in (
         ({"class_label": ["7"]}, "column 'class_label' is string; expected integer"),

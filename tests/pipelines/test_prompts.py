@@ -394,6 +394,8 @@ def test_landed_prompts_are_found_by_the_bytes_and_settings_they_came_from(sized
     assert find_landed(source, None, root, seed=0, samples_per_prompt=2) is None
     other = PromptSource((source,), column="text")
     assert find_landed(other, None, root, **SETTINGS) is None
+    larger_step = PromptSource((source,), side_step=16)  # sizes were not checked for this one
+    assert find_landed(larger_step, None, root, **SETTINGS) is None
     both = PromptSource((source, str(tmp_path / "copy.ndjson")))
     assert find_landed(both, None, root, **SETTINGS) is None
     with open(source, "a") as file:
@@ -513,8 +515,8 @@ def test_a_file_that_changes_while_it_is_read_is_refused(sized, monkeypatch):
     source, root = sized
     read_rows = prompts.read_rows
 
-    def read_and_append(file, column):
-        yield from read_rows(file, column)
+    def read_and_append(file, *arguments):
+        yield from read_rows(file, *arguments)
         with open(file.path, "a") as stream:
             stream.write('{"prompt": "late"}\n')
 

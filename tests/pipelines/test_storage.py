@@ -4,7 +4,7 @@ import io
 import multiprocessing
 import pickle
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import aiohttp
 import numpy as np
@@ -148,6 +148,17 @@ def test_a_store_that_ignores_conditions_is_refused(tmp_path, seaweed_store):
         ):
             pytest.fail("the lease was given")
         assert careless.fs.find(careless.root) == []
+        # A data set that was copied there brings its leases along.
+        with hold_lease(seaweed_store, period_s=30, purpose="elsewhere"):
+            pass
+        for path in seaweed_store.fs.find(seaweed_store.root):
+            copy = careless.path(path.removeprefix(seaweed_store.root).lstrip("/"))
+            careless.fs.pipe_file(copy, seaweed_store.fs.cat_file(path))
+        with (
+            pytest.raises(StoreError, match="If-None-Match is ignored"),
+            hold_lease(careless, period_s=30, purpose="a test"),
+        ):
+            pytest.fail("the lease was given")
 
 
 # ---------------------------------------------------------------- at the door
@@ -281,3 +292,11 @@ def test_slow_replies_only_take_longer(proxy, shaky):
     assert create_once(shaky, shaky.path("log/1.json"), mine)
     assert read_json(shaky, shaky.path("log/1.json")) == mine
     assert {exchange.status for exchange in proxy.hits} == {200}
+
+
+def test_two_processes_of_one_number_may_look_at_once_whether_a_folder_is_writable(tmp_path):
+    """As two containers have that share a volume; threads share their process's."""
+    store = open_store(str(tmp_path))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: check_writable(store), range(400)))
+    assert list(tmp_path.iterdir()) == []

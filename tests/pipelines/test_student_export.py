@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from dmd_core.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from dmd_core.model_card import UNKNOWN, Origin
 from pipelines import student_export
 from pipelines.hub import HubError
-from pipelines.student_export import teacher_origin
+from pipelines.storage import open_store
+from pipelines.student_export import AVERAGE, LAST, load_student, teacher_origin, weights_kind
 from pipelines.teacher_source import TeacherSource
 
 CARD = b"\xef\xbb\xbf---\nlicense: cc-by-4.0\n---\n# A teacher\n\n## Data and credit\n\nBy \xff.\n"
@@ -58,3 +61,15 @@ def test_a_hub_s_model_is_the_base_model_even_where_its_card_is_out_of_reach(tea
 def test_a_safety_checker_is_told_of(teacher):
     _write_index(teacher, ["stable_diffusion", "StableDiffusionSafetyChecker"])
     assert teacher_origin(str(teacher), str(teacher)) == Origin(safety_checker=True)
+
+
+def test_of_a_checkpoint_only_what_is_exported_is_read(tmp_path):
+    store = open_store(str(tmp_path))
+    parts = {name: {"w": torch.ones(2)} for name in ("generator", "ema", "fake")}
+    for step, kept in ((1, parts), (2, {"generator": parts["generator"]})):
+        save_checkpoint(store.fs, store.path("checkpoints"), Checkpoint(step, kept, {}))
+    averaged, last = (load_student(store, "checkpoints", step) for step in (1, 2))
+    assert averaged.parts.keys() == {"ema"} and weights_kind(averaged) == AVERAGE
+    assert last.parts.keys() == {"generator"} and weights_kind(last) == LAST
+    with pytest.raises(CheckpointError, match="no checkpoint of step 3; it has 1, 2"):
+        load_student(store, "checkpoints", 3)

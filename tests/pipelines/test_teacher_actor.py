@@ -1,6 +1,7 @@
 """The worker's part alone, without Ray."""
 
 import json
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from dmd_core.noise import sample_noise
 from dmd_core.teacher import Teacher, TeacherError, teacher_revision
@@ -404,3 +406,23 @@ def test_a_machine_without_a_compiler_says_so_before_any_row(make_actor, monkeyp
     torch._dynamo.reset()
     with pytest.raises(TeacherError, match=r"C\+\+ compiler .* set pairs.compile to false"):
         make_actor(SECTION.model_copy(update={"compile": True}))
+
+
+def test_a_teacher_that_is_overwritten_while_it_works_makes_no_more_rows(
+    make_actor, tiny_teacher_dir, tmp_path
+):
+    """Its float32 weights are the file's own pages: what is written there runs."""
+    folder = shutil.copytree(tiny_teacher_dir, tmp_path / "teacher")
+    actor = make_actor(teacher_url=str(folder))
+    before = actor(rows(4))
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    other = tmp_path / "other"
+    save_file({name: 2 * value for name, value in load_file(file).items()}, other)
+    # In its place is no harm: the pages of the old file stay.
+    os.replace(shutil.copy(file, tmp_path / "same"), file)
+    assert actor(rows(4))["latent"].equals(before["latent"])
+    actor = make_actor(teacher_url=str(folder))
+    with open(file, "r+b") as stream:
+        stream.write(other.read_bytes())
+    with pytest.raises(TeacherError, match=r"changed during the run: \S+safetensors was written"):
+        actor(rows(4))
