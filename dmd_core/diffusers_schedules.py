@@ -105,7 +105,11 @@ def alphas_cumprod(scheduler) -> torch.Tensor:
             f"{type(scheduler).__name__} has no alphas_cumprod; expected a variance-preserving, "
             "an EDM or a flow-matching scheduler"
         )
-    return scheduler.alphas_cumprod.double().cpu()
+    found = scheduler.alphas_cumprod.double().cpu()
+    if scheduler.config.get("rescale_betas_zero_snr", False):
+        # Some classes put 2^-24 in place of its zero, for the sake of their own σ.
+        found = torch.cat([found[:-1], found.new_zeros(1)])
+    return found
 
 
 def _fresh(scheduler) -> Any:

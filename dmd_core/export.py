@@ -22,6 +22,7 @@ from dmd_core.families import CLASSES, Family
 from dmd_core.lora import LoraSettings, add_lora, fuse_lora, save_for_diffusers, save_for_peft
 from dmd_core.model_card import UNKNOWN, Origin, model_card
 from dmd_core.parallel import on_meta
+from dmd_core.pipeline_files import save_pipeline
 from dmd_core.schedule import Schedule
 from dmd_core.student_schedulers import student_scheduler
 from dmd_core.teacher import Teacher
@@ -60,7 +61,7 @@ def export_student(
             _save_adapters(family, network, temporary / LORA_FOLDER)
             fuse_lora(network)
         pipeline = _pipeline_of(teacher, network, scheduler)
-        _with_dtype(pipeline, dtype, lambda: pipeline.save_pretrained(temporary))
+        _with_dtype(pipeline, dtype, lambda: save_pipeline(pipeline, temporary))
         if teacher.encoder.class_names:
             (temporary / CLASSES).write_text(json.dumps(teacher.encoder.class_names))
         absent = [name for name in family.optional if getattr(pipeline, name, card) is None]

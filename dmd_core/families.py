@@ -6,6 +6,7 @@ become a `Condition`: `prompt_encoding.py`; how a network is called: `diffusers_
 
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,18 @@ class Family:
 
     def geometry(self, model: Mapping[str, Any], vae: Mapping[str, Any] | None) -> Geometry:
         """`model`, `vae`: their configurations."""
-        return geometry(model["_class_name"], model, vae, self.sample_size)
+        size = self.sample_size
+        if self.pipeline == "StableDiffusionPipeline" and _of_old_size(model):
+            size = 64
+        return geometry(model["_class_name"], model, vae, size)
+
+
+def _of_old_size(unet: Mapping[str, Any]) -> bool:
+    """Files of diffusers before 0.9 may have a sample_size that nobody meant; its pipeline reads
+    such a one below 64 as 64."""
+    size, written_by = unet.get("sample_size"), unet.get("_diffusers_version")
+    old = written_by is not None and [*map(int, re.findall(r"\d+", written_by)[:2])] < [0, 9]
+    return old and isinstance(size, int) and size < 64
 
 
 _UNET = ("UNet2DConditionModel",)
@@ -225,6 +237,18 @@ def check_labels(path: str | Path, family: Family) -> None:
             f"teacher {path} is a {family.pipeline}, which gives its network no labels, and the "
             f"network needs them (num_class_embeds {count}); save it as a ConsistencyModelPipeline "
             "with the same network and scheduler"
+        )
+
+
+def check_output(path: str | Path, family: Family) -> None:
+    """Raises `TeacherError` for a UNet that gives more than its prediction: a learned variance, as
+    of Improved DDPM, which no loss here knows."""
+    config = part_config(path, family.model)
+    channels = config.get("in_channels"), config.get("out_channels")
+    if family.model == "unet" and channels[0] != channels[1]:
+        raise TeacherError(
+            f"teacher {path} has a {family.model} of {channels[0]} channels in and {channels[1]} "
+            "out (a learned variance?); expected as many out as in"
         )
 
 

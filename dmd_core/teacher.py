@@ -27,6 +27,7 @@ from dmd_core.families import (
     CLASSES,
     Family,
     check_labels,
+    check_output,
     check_parts,
     family_of,
     folder_geometry,
@@ -35,6 +36,7 @@ from dmd_core.families import (
 )
 from dmd_core.latents import Geometry, decode_samples, encode_pictures
 from dmd_core.ode import integrate, make_scheduler, step_grid
+from dmd_core.pipeline_files import check_complete
 from dmd_core.precision import hold, stored_dtype
 from dmd_core.prompt_encoding import PromptEncoder
 from dmd_core.schedule import Schedule
@@ -233,6 +235,9 @@ def _load_pipeline(path: str, family: Family) -> Any:
         raise TeacherError(
             f"teacher {path} cannot be loaded: {error}{_by_sentencepiece(path, family)}"
         ) from error
+    for name, part in pipeline.components.items():
+        if name.startswith("text_encoder") and part is not None:
+            check_complete(Path(path) / name, part)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -285,7 +290,10 @@ def folder_scheduler(path: str | Path) -> Any:
     scheduler = getattr(diffusers, str(config.get("_class_name")), None)
     if scheduler is None:
         raise TeacherError(f"{path}/scheduler is a {config.get('_class_name')}, not of diffusers")
-    return scheduler.from_config(config)
+    try:
+        return scheduler.from_config(config)
+    except ImportError as error:  # some need a package more
+        raise TeacherError(f"{path}/scheduler cannot be used here: {error}") from error
 
 
 def folder_schedule(path: str | Path) -> Schedule:
@@ -300,6 +308,7 @@ def check_teacher(path: str) -> None:
     family = family_of(path)
     check_parts(path, family)
     check_labels(path, family)
+    check_output(path, family)
     class_names(path)
     scheduler = part_config(path, "scheduler")
     kind = schedule_family(scheduler.get("_class_name", ""), scheduler)

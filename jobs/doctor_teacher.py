@@ -13,7 +13,7 @@ import torch
 from dmd_core.families import guidance_distilled
 from dmd_core.latents import geometry
 from dmd_core.pass_memory import PassMemory, UnknownNetworkError, pass_memory
-from dmd_core.precision import stored_dtype
+from dmd_core.precision import PrecisionPolicy, stored_dtype
 from dmd_core.prediction_check import UNTRAINED, check_prediction, has_readings
 from dmd_core.teacher import folder_schedule, load_teacher
 from dmd_core.teacher_files import weight_files
@@ -23,7 +23,7 @@ from jobs.plans import size_in_words
 from jobs.session import Session
 from jobs.teacher_here import pair_source
 from pipelines.config import PairsSection
-from pipelines.host_memory import host_memory
+from pipelines.host_memory import converted_bytes, host_memory
 from pipelines.memory_plan import (
     GIB,
     GPUS,
@@ -149,8 +149,24 @@ class TeacherChecks:
     def _host(self) -> Check:
         """RAM beside GPUs."""
         recipe = self._session.recipe
-        stored = stored_dtype(weight_files(self._folder / self._denoiser.part))
-        needs = host_memory(self._sizes, recipe.train, mapped=stored == torch.float32)
+        stored = {
+            part.part: stored_dtype(weight_files(self._folder / part.part))
+            for part in self._weights
+        }
+        compute = PrecisionPolicy.named(recipe.train.mixed_precision).compute
+        needs = host_memory(
+            self._sizes,
+            recipe.train,
+            mapped=stored[self._denoiser.part] == torch.float32,
+            converted=max(
+                (
+                    converted_bytes(part, stored[part.part], compute)
+                    for part in self._weights
+                    if part is not self._denoiser
+                ),
+                default=0,
+            ),
+        )
         sizes = {
             "for each worker that starts": needs.start,
             "for the teacher": needs.offloaded,

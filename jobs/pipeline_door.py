@@ -3,12 +3,9 @@ worked for hours."""
 
 from collections.abc import Callable, Iterable
 
-from jobs.config import resolve_shipped
 from jobs.evaluate_checks import check_measurable, held_out_prompts
 from jobs.session import Session
-from jobs.train_checks import check_without_pairs
-from pipelines.prompts import read_prompts
-from pipelines.streams import open_pictures
+from jobs.train_checks import check_before_pairs
 
 
 class Door:
@@ -27,20 +24,11 @@ class Door:
                 self._asked.add(name)
 
 
-def _check_training(session: Session) -> None:
-    section, storage = session.recipe.train, session.recipe.storage
-    check_without_pairs(session)
-    if section.uses_gan:
-        open_pictures(section.real_pictures, storage)
-    if section.unpaired_prompts:
-        read_prompts(resolve_shipped(section.unpaired_prompts), storage)
-
-
 def _check_evaluation(session: Session) -> None:
     check_measurable(session, held_out_prompts(session))
 
 
 _CHECKS: dict[str, Callable[[Session], None]] = {
-    "train": _check_training,
+    "train": check_before_pairs,
     "evaluate": _check_evaluation,
 }

@@ -3,32 +3,27 @@ starts."""
 
 from pathlib import Path
 
-import diffusers
-import torch
-
 from dmd_core.decoder import check_decoder
+from dmd_core.diffusers_networks import middle_of
 from dmd_core.export import check_exportable
-from dmd_core.families import (
-    CLASSES,
-    Family,
-    check_guidance,
-    family_of,
-    folder_geometry,
-    part_config,
-)
+from dmd_core.families import Family, family_of, folder_geometry, part_config
 from dmd_core.lora import check_lora
 from dmd_core.losses import REGRESSION_LOSSES
+from dmd_core.pass_memory import without_memory
 from dmd_core.perceptual import load_perceptual
 from dmd_core.precision import PrecisionPolicy
 from dmd_core.schedule import Schedule
-from dmd_core.teacher import class_names, folder_scheduler, teacher_revision
+from dmd_core.teacher import folder_scheduler, teacher_revision
+from jobs.config import resolve_shipped
 from jobs.errors import Exit, JobError
 from jobs.evaluate_checks import check_beside
-from jobs.pair_checks import check_solver
+from jobs.pair_checks import check_scales, check_solver
 from jobs.session import Session
 from pipelines.manifest import load_manifest
 from pipelines.pair_fit import PairFit
 from pipelines.pins import Pins
+from pipelines.prompts import read_prompts
+from pipelines.streams import open_pictures
 from pipelines.trackers import check_trackers
 from pipelines.train_config import TrainSection
 from pipelines.train_settings import lora_settings
@@ -47,20 +42,28 @@ def check_without_pairs(session: Session) -> dict[str, str]:
     family = family_of(folder)
     _check_trackers(section)
     _check_times(session, folder, family)
-    _check_guidance(section, folder)
-    # Sample pictures and evaluations are guided as the pairs are.
-    asked = {"pairs.guidance_scale": session.recipe.pairs.guidance_scale}
     for _, keys in section.plan():
-        check_guidance(folder, asked | {"train.guidance_scale": keys.guidance_scale})
+        check_scales(session, {"train.guidance_scale": keys.guidance_scale})
     check_solver(session)
     for _, keys in section.plan():
         if keys.needs_pairs and keys.regression_loss not in REGRESSION_LOSSES:
             load_perceptual(keys.regression_loss, trunk=section.perceptual_trunk or None)
             check_decoder(keys.regression_decoder, folder)
     _check_adapters(section, folder, family)
+    _check_middle(section, folder, family)
     if section.evaluation.steps:
         check_beside(session)
     return PrecisionPolicy.named(section.mixed_precision).describe()
+
+
+def check_before_pairs(session: Session) -> None:
+    """All that a training asks before it starts but of the pairs: also what else it reads."""
+    section, storage = session.recipe.train, session.recipe.storage
+    check_without_pairs(session)
+    if section.uses_gan:
+        open_pictures(section.real_pictures, storage)
+    if section.unpaired_prompts:
+        read_prompts(resolve_shipped(section.unpaired_prompts), storage)
 
 
 def _check_trackers(section: TrainSection) -> None:
@@ -89,24 +92,21 @@ def _check_adapters(section: TrainSection, teacher: Path, family: Family) -> Non
     if lora is None:
         return
     config = part_config(teacher, family.model)
-    with torch.device("meta"):  # the layers' names, without their weights
-        network = getattr(diffusers, config["_class_name"]).from_config(config)
+    network = without_memory(config["_class_name"], config)
     check_lora([name for name, _ in network.named_modules()], lora)
 
 
-def _check_guidance(section: TrainSection, teacher: Path) -> None:
-    """Does a class-conditional teacher that is to be guided know "no class"?"""
-    config = part_config(teacher, family_of(teacher).model)
-    classes = config.get("num_class_embeds")
-    guided = any(keys.guidance_scale != 1.0 for _, keys in section.plan())
-    if classes is None or not guided or classes == len(class_names(str(teacher))) + 1:
+def _check_middle(section: TrainSection, teacher: Path, family: Family) -> None:
+    """Has the teacher's network what the discriminator looks at?"""
+    if not section.uses_gan:
         return
-    raise JobError(
-        f"train.guidance_scale is not 1, but the teacher's network has {classes} class labels and "
-        f"{CLASSES} names {len(class_names(str(teacher)))}: guidance needs one label more than "
-        'names, "no class". Set train.guidance_scale: 1.0',
-        Exit.USAGE,
-    )
+    config = part_config(teacher, family.model)
+    try:
+        middle_of(without_memory(config["_class_name"], config), side=8)  # any: it is not run
+    except ValueError as error:
+        raise JobError(
+            f"train.gan_weight, teacher.path: {error}; set it to 0", Exit.USAGE
+        ) from error
 
 
 def _check_pairs(session: Session, pins: Pins, teacher: Path) -> None:

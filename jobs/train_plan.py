@@ -5,6 +5,7 @@ from typing import Any
 from jobs.pins import PINNED
 from jobs.plans import with_space
 from jobs.session import Session
+from jobs.train_checks import check_before_pairs
 from jobs.train_state import finished_state, saved_steps
 from pipelines.costs import Work, estimate, step_rate
 from pipelines.manifest import latest_manifest
@@ -16,10 +17,12 @@ from pipelines.weights import pipeline_weights
 
 
 def plan(session: Session) -> dict[str, Any]:
-    """What `dmd train` would do; touches nothing."""
+    """What `dmd train` would do; touches nothing. Refuses what `dmd train` would, but for pairs."""
     section, steps = session.recipe.train, saved_steps(session)
     from_step = steps[-1] if steps else 0
     finished = finished_state(session, steps) is not None
+    if not finished:
+        check_before_pairs(session)
     kept = session.read_json(PINNED) if steps else None
     version = (
         kept["default"] if kept else getattr(latest_manifest(session.pairs_root), "version", 0)

@@ -32,6 +32,7 @@ from dmd_core.miniature import (
     build_miniature,
     learn_vocabulary,
 )
+from dmd_core.pipeline_files import save_pipeline
 from dmd_core.schedule import Schedule
 from dmd_core.teacher import load_teacher
 from pipelines import emoji
@@ -230,7 +231,7 @@ class _TeacherRun(TeacherLoop):
         for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
             part.to("cpu", torch.float16)
         # Small enough files for any version control and transfer.
-        pipeline.save_pretrained(self.section.output, max_shard_size="8MB")
+        save_pipeline(pipeline, self.section.output, max_shard_size="8MB")
         # transformers loads in the dtype of this entry, diffusers in float32: let both agree.
         config = Path(self.section.output) / "text_encoder" / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}))

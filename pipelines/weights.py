@@ -1,6 +1,5 @@
 """How large the networks of a pipeline folder are, from the headers of their files alone."""
 
-import json
 import re
 from dataclasses import dataclass
 from math import prod
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from dmd_core.families import family_of, present
 from dmd_core.teacher_files import TeacherError, weight_files
 
 DENOISERS = ("unet", "transformer")
@@ -58,14 +58,10 @@ def _renamed(name: str) -> str:
 
 
 def pipeline_weights(folder: str) -> list[Weights]:
-    """Every network of a pipeline folder that has weights; raises `WeightsError`."""
-    try:
-        index = json.loads((Path(folder) / "model_index.json").read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{folder} has no readable model_index.json: {error}") from error
-    parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[0]]
+    """Every network of a teacher's folder that is loaded: no safety checker. Raises
+    `WeightsError`, and `TeacherError` for a folder that is no teacher's."""
     found = []
-    for part in parts:
+    for part in present(folder, family_of(folder)):
         files = _files(Path(folder) / part)
         if files:
             found.append(Weights(part, _shapes(files)))

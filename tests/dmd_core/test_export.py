@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from safetensors.torch import load_file
 
 from dmd_core.denoiser import NetworkDenoiser
 from dmd_core.diffusers_networks import DiffusersNetwork
@@ -53,6 +54,20 @@ def test_export_leaves_the_teacher_as_it_was_and_replaces_an_older_student(
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert type(teacher.pipeline.scheduler) is scheduler
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_other_versions_of_transformers_find_the_text_encoder_s_weights(tiny_teacher_dir, tmp_path):
+    """Before 5.6 they look for the wrapper's name, and before 5 for a tokenizer's two files."""
+    teacher, target = load_teacher(tiny_teacher_dir), tmp_path / "student"
+    export_student(
+        teacher, teacher.model.state_dict(), str(target),
+        timesteps=(999,), card={}, dtype=torch.float32,
+    )  # fmt: skip
+    stored = load_file(target / "text_encoder" / "model.safetensors")
+    assert stored and all(name.startswith("text_model.") for name in stored)
+    assert {"vocab.json", "merges.txt"} <= {file.name for file in (target / "tokenizer").iterdir()}
+    found = load_teacher(str(target)).encode_prompts(["a red fox"]).text
+    assert torch.equal(found, teacher.encode_prompts(["a red fox"]).text)
 
 
 def test_a_student_is_written_from_the_weights_that_are_there(tiny_teacher_dir):

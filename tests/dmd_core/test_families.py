@@ -3,6 +3,7 @@ guidance and scheduler; what is not one of them is refused by name."""
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,19 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     StableDiffusionPipeline,
 )
+from safetensors.torch import load_file, save_file
 
 from dmd_core.denoiser import GuidedDenoiser
 from dmd_core.edm_heun import EDMHeunScheduler
 from dmd_core.families import FAMILIES, folder_geometry
 from dmd_core.features import latent_features
-from dmd_core.teacher import TeacherError, check_teacher, load_teacher, teacher_revision
+from dmd_core.teacher import (
+    TeacherError,
+    check_teacher,
+    folder_scheduler,
+    load_teacher,
+    teacher_revision,
+)
 from tests.dmd_core.family_calls import (
     PIXELS,
     PROMPTS,
@@ -303,3 +311,57 @@ def _copy(folder: str, target: Path) -> Path:
 
 def _edit(file: Path, **values: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def test_a_text_encoder_s_missing_weights_are_not_made_up(families, tmp_path):
+    """transformers starts them at random, and says so in its log alone."""
+    for name, part, lost in (
+        ("sdxl", "text_encoder", "encoder.layers.0.mlp.fc1.weight"),
+        ("pixart", "text_encoder", "encoder.block.0.layer.1.DenseReluDense.wo.weight"),
+    ):
+        folder = shutil.copytree(families.folder(name), tmp_path / name)
+        file = folder / part / "model.safetensors"
+        weights = load_file(file)
+        (found,) = [key for key in weights if key.endswith(lost)]
+        save_file({k: v for k, v in weights.items() if k != found}, file, {"format": "pt"})
+        with pytest.raises(TeacherError, match=rf"{part} lacks 1 of the weights .* {lost}"):
+            load_teacher(str(folder))
+
+
+def test_a_text_encoder_s_weights_are_found_with_and_without_the_wrapper_s_name(families, tmp_path):
+    folder = shutil.copytree(families.folder("sd"), tmp_path / "wrapped")
+    file = folder / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    wrapped = {f"text_model.{name.removeprefix('text_model.')}": weights[name] for name in weights}
+    assert wrapped.keys() != weights.keys()
+    save_file(wrapped, file, {"format": "pt"})
+    found = load_teacher(str(folder)).encode_prompts(["cat"]).text
+    assert torch.equal(found, families.teacher("sd").encode_prompts(["cat"]).text)
+
+
+def test_a_network_that_learned_its_variance_is_refused(families, tmp_path):
+    folder = shutil.copytree(families.folder("unconditional"), tmp_path / "teacher")
+    _rewrite(folder / "unet" / "config.json", out_channels=6)
+    with pytest.raises(TeacherError, match="unet of 3 channels in and 6 out"):
+        check_teacher(str(folder))
+
+
+def test_an_old_file_s_size_is_read_as_diffusers_reads_it(families, tmp_path):
+    folder = shutil.copytree(families.folder("sd"), tmp_path / "teacher")
+    for version, size in (("0.6.0", 32), ("0.6.0", 96), ("0.9.0.dev0", 32), ("0.31.0", 32)):
+        _rewrite(folder / "unet" / "config.json", _diffusers_version=version, sample_size=size)
+        pipeline = plain(str(folder))
+        side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        assert folder_geometry(folder).own == (side, side), version
+
+
+@pytest.mark.skipif(find_spec("scipy") is not None, reason="scipy is here")
+def test_a_scheduler_that_needs_another_package_says_so(families, tmp_path):
+    folder = shutil.copytree(families.folder("sdxl"), tmp_path / "teacher")
+    _rewrite(folder / "scheduler" / "scheduler_config.json", use_beta_sigmas=True)
+    with pytest.raises(TeacherError, match=r"scheduler cannot be used here: .*scipy"):
+        folder_scheduler(str(folder))
+
+
+def _rewrite(file: Path, **changes: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))

@@ -3,6 +3,7 @@ its pictures are those of the student in memory."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,13 @@ import peft
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FluxPipeline,
     LCMScheduler,
+    UniPCMultistepScheduler,
 )
 
 from dmd_core.condition import Condition
@@ -38,12 +42,14 @@ from dmd_core.step_types import (
     StepNoise,
     Unpaired,
 )
+from dmd_core.student import Student
 from dmd_core.student_schedulers import student_scheduler
-from dmd_core.teacher import Teacher
+from dmd_core.teacher import Teacher, load_teacher
 from dmd_core.trainer import DmdTrainer, StageSettings
 from tests.dmd_core.family_calls import (
     PIXELS,
     PROMPTS,
+    SIDE,
     call_by_hand,
     noise,
     plain,
@@ -223,6 +229,37 @@ def _put_adapters(pipeline, folder: str) -> None:
     card = (Path(folder).parent / "README.md").read_text()
     (line,) = re.findall(r"^(?:pipe\.|peft\.).*/lora\"\)$", card, re.MULTILINE)
     exec(line.replace("path/to/this/folder/lora", folder), {"pipe": pipeline, "peft": peft})
+
+
+@pytest.mark.parametrize(
+    "scheduler", [DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler]
+)
+@pytest.mark.parametrize("times", [(999,), FOUR])
+def test_a_student_of_a_teacher_that_ends_in_pure_noise(families, tmp_path, scheduler, times):
+    """v-prediction with zero terminal SNR, as fine-tunes of SD 2 and SDXL have it, under whichever
+    class: some put 2^-24 in place of ᾱ_T = 0."""
+    folder = shutil.copytree(families.folder("sd v"), tmp_path / "teacher")
+    config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    kept = {key: config[key] for key in ("beta_start", "beta_end", "beta_schedule")}
+    scheduler(
+        **kept,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    ).save_pretrained(folder / "scheduler")
+    teacher = load_teacher(str(folder), size=(SIDE, SIDE))
+    assert teacher.schedule.alphas[-1] == 0
+    config = dict(teacher.pipeline.scheduler.config)
+    check_exportable(teacher.schedule, config, times, teacher.family, 16)
+    eps = noise(teacher)
+    noises, generator = _renoised("sd v", eps, len(times))
+    expected = Student(teacher.denoiser(), times).sample(noises, teacher.encode_prompts(PROMPTS))
+    target = str(tmp_path / "student")
+    export_student(
+        teacher, teacher.model.state_dict(), target, timesteps=times, card={}, dtype=torch.float32
+    )
+    found = call_by_hand("sd v", plain(target), eps, len(times), guidance_scale=0.0, **generator)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

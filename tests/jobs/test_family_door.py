@@ -49,7 +49,12 @@ def train(families, tmp_path, capsys, monkeypatch):
         ("edm", {"train__student_timesteps": "[999, 700, 100]"}, "evenly spaced"),
         ("sd3", {"train__student_timesteps": "[999, 700, 100]"}, "evenly spaced"),
         ("sd3", {"pairs__height": 18}, "height is 18; expected a multiple of 4"),
-        ("ddpm", {"train__guidance_scale": 3.0}, "guidance needs one label more"),
+        (
+            "ddpm",
+            {"train__guidance_scale": 3.0, "pairs__guidance_scale": 1.0},
+            "train.guidance_scale is 3, but the teacher's network has",
+        ),
+        ("ddpm", {"train__guidance_scale": 1.0}, "pairs.guidance_scale is 2, but the teacher's"),
     ],
 )
 def test_what_a_family_cannot_do(train, name, settings, expected):
@@ -67,7 +72,14 @@ def test_what_a_family_cannot_do(train, name, settings, expected):
         ("edm", {"train__guidance_scale": 3.0}),
         ("edm", {"train__student_timesteps": FOUR, "train__trainable": "lora"}),
         ("flux schnell", {"train__guidance_scale": 1.0, "pairs__guidance_scale": 1.0}),
-        ("ddpm", {"train__student_timesteps": FOUR, "train__guidance_scale": 1.0}),
+        (
+            "ddpm",
+            {
+                "train__student_timesteps": FOUR,
+                "train__guidance_scale": 1.0,
+                "pairs__guidance_scale": 1.0,
+            },
+        ),
     ],
 )
 def test_what_a_family_can_do(train, name, settings):
@@ -127,6 +139,44 @@ def test_a_size_that_the_teacher_cannot_make_is_no_pairs_either(families, tmp_pa
     arguments = {"solver": "flow_euler", "height": 18}
     code, message = _planned_pairs(families.folder("sd3"), tmp_path, capsys, **arguments)
     assert code == Exit.USAGE and "pairs.height, pairs.width: height is 18" in message
+
+
+def test_pairs_are_not_guided_away_from_a_class_that_is_not_there(families, tmp_path, capsys):
+    code, message = _planned_pairs(families.folder("ddpm"), tmp_path, capsys, solver="ddim")
+    assert code == Exit.USAGE and "Set pairs.guidance_scale: 1.0" in message
+
+
+def test_a_discriminator_needs_a_network_with_a_middle(families, tmp_path, capsys):
+    folder = shutil.copytree(families.folder("sd"), tmp_path / "teacher")
+    config = folder / "unet" / "config.json"
+    unet = json.loads(config.read_text())
+    config.write_text(json.dumps(unet | {"mid_block_type": None}))
+    settings = {
+        "run.dir": tmp_path / "run", "teacher.path": folder, "pairs.height": 16, "pairs.width": 16,
+        "train.gan_weight": 1e-3, "train.real_pictures": tmp_path,
+    }  # fmt: skip
+    code, message = run_tiny("train", settings, NO_PAIRS, capsys, words=["--dry-run"])
+    assert code == Exit.USAGE, message
+    assert "train.gan_weight, teacher.path: this UNet has no middle block" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"train__gan_weight": 1e-3, "train__real_pictures": "nowhere"}, "nowhere does not exist"),
+        ({"train__unpaired_prompts": "nowhere.txt"}, "nowhere.txt: no such file"),
+        ({"train__student_timesteps": "[1000]"}, "student_timesteps has 1000"),
+    ],
+)
+def test_what_a_training_would_refuse_its_plan_refuses(
+    families, tmp_path, capsys, settings, expected
+):
+    base = {
+        "run.dir": tmp_path / "run", "teacher.path": families.folder("sd"),
+        "pairs.height": 16, "pairs.width": 16,
+    }  # fmt: skip
+    code, message = run_tiny("train", base, NO_PAIRS | settings, capsys, words=["--dry-run"])
+    assert code in (Exit.USAGE, Exit.REFUSED) and expected in message, message
 
 
 def _planned_pairs(teacher: str, folder, capsys, **pairs: object) -> tuple[int, str]:

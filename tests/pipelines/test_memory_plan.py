@@ -1,6 +1,7 @@
 """The memory plan: exact where it counts, near the truth where it estimates."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -77,10 +78,20 @@ def test_headers_tell_what_loading_would(tiny_teacher_dir):
     assert denoiser_of(list(weights.values())) is weights["unet"]
 
 
+def test_a_safety_checker_is_not_loaded_and_not_counted(tiny_teacher_dir, tmp_path):
+    folder = shutil.copytree(tiny_teacher_dir, tmp_path / "teacher")
+    (folder / "safety_checker").mkdir()
+    save_file({"a": torch.zeros(1000)}, folder / "safety_checker" / "model.safetensors")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert pipeline_weights(str(folder)) == pipeline_weights(tiny_teacher_dir)
+
+
 def test_a_network_cut_into_files_is_one_network(tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "model_index.json").write_text(
-        json.dumps({"_class_name": "X", "unet": ["diffusers", "Y"], "safety_checker": [None, None]})
+        json.dumps({"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]})
     )
     for index, name in enumerate(("a.weight", "b.weight")):
         save_file(
