@@ -103,8 +103,11 @@ def _recipe_path(name: str) -> Path:
     else:
         path = Path(str(resources.files("jobs") / "recipes" / f"{name}.yaml"))
     if not path.is_file():
+        beside = f"{name}.yaml"
+        there = f" Did you mean {beside}?" if Path(beside).is_file() else ""
         raise JobError(
-            f"no recipe {name!r}: expected a YAML file or one of {', '.join(shipped_recipes())}",
+            f"no recipe {name!r}: expected a YAML file or one of {', '.join(shipped_recipes())}."
+            f"{there}",
             Exit.USAGE,
         )
     return path

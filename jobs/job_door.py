@@ -64,6 +64,16 @@ def read_job(
     return VerbJob(verb, tuple(moved), options, recipe, settings, file)
 
 
+def without_program(working_dir: str | None) -> Iterator[str]:
+    """A hint where the folder that is sent does not bring what the job runs."""
+    sent = working_dir is not None and "://" not in working_dir
+    if sent and not (Path(working_dir or ".") / "jobs").is_dir():
+        yield (
+            f"{working_dir} has no folder jobs/: the cluster's own Python must have this project "
+            "installed, in this version; or send the checkout"
+        )
+
+
 def relative_folders(recipe: Recipe) -> Iterator[str]:
     """What works here and would not on a cluster, one hint each."""
     for key, folder in (("run.dir", recipe.run.dir), ("pairs.root", recipe.pairs.root)):

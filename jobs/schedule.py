@@ -20,7 +20,7 @@ from cluster.submit import SecretError, SubmitError, job_environment, refuse_sec
 from dmd_core.files import is_local, store_errors
 from jobs.errors import Exit, JobError
 from jobs.job_client import known_address
-from jobs.job_door import VerbJob, relative_folders
+from jobs.job_door import VerbJob, relative_folders, without_program
 from jobs.schedule_arguments import add_arguments
 from jobs.schedule_show import (
     json_event,
@@ -62,10 +62,12 @@ def plan(session: "Session") -> dict[str, Any]:
     """What `run` would do; changes nothing and asks no cluster."""
     table, arguments, now = _table(session), session.arguments, _now()
     if arguments.action == "add":
-        entry, _ = _new_entry(arguments, table, now)
+        entry, job = _new_entry(arguments, table, now)
         slots = islice(slots_after(entry.expression, entry.timezone, now), 3)
         times = {f"due_{index}": show_time(s, entry) for index, s in enumerate(slots, 1)}
-        return {"name": entry.name, "job": show_job(entry), "store": table.store.url} | times
+        hints = {f"hint_{index}": hint for index, hint in enumerate(_hints(entry, job, table), 1)}
+        shown = {"name": entry.name, "job": show_job(entry), "store": table.store.url}
+        return shown | times | hints
     if arguments.action == "remove":
         return {"removes": arguments.name, "store": table.store.url}
     return {
@@ -259,6 +261,7 @@ def _hints(entry: Entry, job: VerbJob, table: ScheduleTable) -> Iterator[str]:
             f"{entry.working_dir} is a folder of this machine: a scheduler on another one leaves "
             "this job alone, unless it has such a folder too"
         )
+    yield from without_program(entry.working_dir)
     if job.recipe is not None:
         yield from relative_folders(job.recipe)
 

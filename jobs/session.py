@@ -90,8 +90,8 @@ class Session:
         if changed and self._has_work():
             raise JobError(
                 f"{self.store.url} holds a run with other settings ({'; '.join(changed)}). "
-                "Give its own recipe (--config), use another folder (--set run.dir=…), or remove "
-                "that one to start afresh.",
+                "Give its own recipe (--config) and the same --set, use another folder "
+                "(--set run.dir=…), or remove that one to start afresh.",
                 Exit.REFUSED,
             )
 

@@ -17,7 +17,7 @@ from jobs.job_client import (
     pause,
     result_of,
 )
-from jobs.job_door import relative_folders
+from jobs.job_door import relative_folders, without_program
 from jobs.submit_order import Order, read_order
 
 _EXAMPLES = """examples:
@@ -172,7 +172,10 @@ def _say_running(server: JobServer, order: Order, identity: str, display: Displa
 
 
 def _say_hints(order: Order, display: Display) -> None:
-    for hint in relative_folders(order.job.recipe) if order.job.recipe else ():
+    hints = [*without_program(order.working_dir)]
+    if order.job.recipe:
+        hints += relative_folders(order.job.recipe)
+    for hint in hints:
         display.say(f"  {hint}")
 
 

@@ -70,7 +70,10 @@ def open_store(url: str, options: StorageSection | None = None) -> Store:
     if scheme == "file":
         return Store(LocalFileSystem(auto_mkdir=True), os.path.abspath(urlsplit(url).path))
     if scheme != "s3":
-        raise StoreUrlError(f"{url}: scheme {scheme!r} is not supported; expected a path or s3://")
+        raise StoreUrlError(
+            f"{url}: scheme {scheme!r} is not supported; expected a path or s3:// (for a teacher "
+            "also a hub's model, as org/name with its revision)"
+        )
     if "@" in urlsplit(url).netloc:
         raise StoreUrlError(NO_CREDENTIALS)
     return Store(_s3(options), url.removeprefix("s3://").rstrip("/"))

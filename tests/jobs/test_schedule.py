@@ -395,6 +395,7 @@ def test_an_address_is_kept_as_that_of_a_job_server(world):
 def test_a_plan_changes_nothing(world):
     code, out, _ = world.dmd("add", "0 3 * * *", "--dry-run", "--", "pairs")
     assert code == Exit.OK and "2026-03-01 03:00 UTC" in out and "2026-03-03 03:00 UTC" in out
+    assert "run.dir is 'runs/demo'" in out
     assert "no schedules" in world.dmd("list")[2]
 
 

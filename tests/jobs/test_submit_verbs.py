@@ -416,6 +416,15 @@ def test_a_folder_of_one_machine_is_pointed_out(fake, capfd):
     assert "run.dir is 'runs/here', a folder of one job" in capfd.readouterr().err
 
 
+def test_a_folder_without_the_program_is_pointed_out(fake, folder, capfd):
+    assert _submit(fake, "--no-wait") == 0
+    assert "has no folder jobs/" in capfd.readouterr().err
+    (folder / "jobs").mkdir()
+    (folder / "jobs" / "more.txt").write_text("another folder to send, so another job")
+    assert _submit(fake, "--no-wait", "--id", "second") == 0
+    assert "has no folder jobs/" not in capfd.readouterr().err
+
+
 def test_too_large_a_folder_is_refused_with_its_largest_files(fake, folder, monkeypatch, capfd):
     monkeypatch.setattr("ray._private.runtime_env.packaging.GCS_STORAGE_MAX_SIZE", 5000)
     for index in range(8):
