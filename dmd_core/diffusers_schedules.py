@@ -106,8 +106,10 @@ def alphas_cumprod(scheduler) -> torch.Tensor:
             "an EDM or a flow-matching scheduler"
         )
     found = scheduler.alphas_cumprod.double().cpu()
-    if scheduler.config.get("rescale_betas_zero_snr", False):
-        # Some classes put 2^-24 in place of its zero, for the sake of their own σ.
+    rescaled = scheduler.config.get("rescale_betas_zero_snr", False)
+    # Some classes put 2^-24 in place of its last, for the sake of their own σ; others keep the
+    # setting of the class before them, and do not rescale.
+    if rescaled and found[-1] <= 2**-24:
         found = torch.cat([found[:-1], found.new_zeros(1)])
     return found
 

@@ -97,8 +97,10 @@ def _pipeline_of(teacher: Teacher, network: nn.Module, scheduler: Any) -> Diffus
 def _with_weights(model: nn.Module, weights: Tensors) -> nn.Module:
     """A network to be saved, like `model`: of `weights` themselves, no copy, and of its buffers."""
     network, stored = on_meta(model), model.state_dict()
-    buffers = {name: stored[name] for name, _ in model.named_buffers() if name in stored}
-    missing, unexpected = network.load_state_dict(buffers | weights, strict=False, assign=True)
+    found = {name: stored[name] for name, _ in model.named_buffers() if name in stored}
+    # Detached: what is assigned would be the caller's own parameters.
+    found |= {name: value.detach() for name, value in weights.items()}
+    missing, unexpected = network.load_state_dict(found, strict=False, assign=True)
     wrong = sorted((*missing, *unexpected))
     if wrong:
         raise ValueError(

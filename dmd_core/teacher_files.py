@@ -94,10 +94,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def file_states(files: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
-    """Of those that are there: which file it is on its disk, its bytes, and when it was written."""
+    """Of those that can be looked at just now: which file it is on its disk, its bytes, and when it
+    was written."""
     found = {}
     for file in files:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             stat = file.stat()
             found[file] = stat.st_ino, stat.st_size, stat.st_mtime_ns
     return found
@@ -105,8 +106,9 @@ def file_states(files: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
 
 def overwritten(before: Mapping[Path, tuple[int, int, int]]) -> list[Path]:
     """Those of `file_states` that were written into since. Without a GPU, weights that are kept in
-    the dtype of their file are the file's own pages, and such a network is another one now. A file
-    in the place of the old one is no harm: the pages of the old one stay."""
+    the dtype of their file are the file's own pages, and such a network is another one now; which
+    of them are is not asked here. A file in the place of the old one is no harm: the pages of the
+    old one stay."""
     now = file_states(before)
     return [file for file in now if now[file][0] == before[file][0] and now[file] != before[file]]
 

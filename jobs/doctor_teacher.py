@@ -10,8 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-from dmd_core.families import guidance_distilled
-from dmd_core.latents import geometry
+from dmd_core.families import folder_geometry, guidance_distilled
 from dmd_core.pass_memory import PassMemory, UnknownNetworkError, pass_memory
 from dmd_core.precision import PrecisionPolicy, stored_dtype
 from dmd_core.prediction_check import UNTRAINED, check_prediction, has_readings
@@ -22,7 +21,6 @@ from jobs.placement import is_embedded
 from jobs.plans import size_in_words
 from jobs.session import Session
 from jobs.teacher_here import pair_source
-from pipelines.config import PairsSection
 from pipelines.host_memory import converted_bytes, host_memory
 from pipelines.memory_plan import (
     GIB,
@@ -35,7 +33,7 @@ from pipelines.memory_plan import (
     training_memory,
 )
 from pipelines.network_sizes import NetworkSizes
-from pipelines.prompt_files import PromptError, PromptFile, list_files, read_rows
+from pipelines.prompt_files import PromptError, PromptFile, PromptSource, list_files, read_rows
 from pipelines.train_config import TrainSection
 from pipelines.weights import Weights, denoiser_of, pipeline_weights
 
@@ -44,10 +42,10 @@ _LARGE = 100_000_000  # parameters; a few evaluations of more take minutes witho
 
 
 def prompts(session: Session) -> Check:
-    section = session.recipe.pairs
     try:
-        files = list_files(pair_source(section), session.recipe.storage)
-        first = _first_file(section, files)
+        source = _prompt_source(session)
+        files = list_files(source, session.recipe.storage)
+        first = _first_file(source, files)
     except (PromptError, OSError) as error:
         return Check("prompts", "fail", one_line(error), "correct pairs.prompts")
     if first is None:
@@ -58,11 +56,19 @@ def prompts(session: Session) -> Check:
     return Check("prompts", "ok", f"{len(files)} files; {rows}{more} rows in {name}")
 
 
-def _first_file(section: PairsSection, files: Sequence[PromptFile]) -> tuple[str, int] | None:
+def _prompt_source(session: Session) -> PromptSource:
+    """With the sizes that the teacher can make; where it cannot be had, another check says so."""
+    try:
+        return pair_source(session.recipe.pairs, session.teacher_dir)
+    except (ValueError, OSError):  # TeacherError is a ValueError
+        return pair_source(session.recipe.pairs)
+
+
+def _first_file(source: PromptSource, files: Sequence[PromptFile]) -> tuple[str, int] | None:
     """Name of the first file that is not empty, and its rows, of which no more than `_ROWS` are
     read."""
     for file in files:
-        rows = sum(1 for _ in islice(read_rows(file, section.prompt_column), _ROWS))
+        rows = sum(1 for _ in islice(read_rows(file, source.column, source.side_step), _ROWS))
         if rows:
             return file.name, rows
     return None
@@ -181,7 +187,7 @@ class TeacherChecks:
         words += f"; {size_in_words(room)} here"
         if needs.largest(workers) <= room:
             return Check("memory: host", "ok", words)
-        fewer = "fewer workers on this machine, or a teacher in float32 files"
+        fewer = "fewer workers on this machine, or a teacher whose files are in what it is used in"
         advice = fewer if workers * needs.start > room else "train.trainable: lora"
         return Check("memory: host", "fail", words, advice)
 
@@ -217,21 +223,17 @@ class TeacherChecks:
         config = self._config(self._denoiser.part)
         try:
             return pass_memory(
-                config["_class_name"], config, self._shape(config),
+                config["_class_name"], config, self._shape(),
                 bf16=bf16, checkpointing=checkpointing,
             )  # fmt: skip
         except UnknownNetworkError as error:
             self._unplayed = one_line(error)[:200]
             return None
 
-    def _shape(self, config: dict[str, Any]) -> tuple[int, ...]:
+    def _shape(self) -> tuple[int, ...]:
         """(C,h,w) of the samples that the recipe asks for."""
-        pairs, name = self._session.recipe.pairs, config["_class_name"]
-        has_vae = any(part.part == "vae" for part in self._weights)
-        vae = self._config("vae") if has_vae else None
-        # FLUX's configuration names no size; its pipeline's own is 1024 pixels.
-        size = None if config.get("sample_size") else 128
-        return geometry(name, config, vae, size).shape(pairs.height, pairs.width)
+        pairs = self._session.recipe.pairs
+        return folder_geometry(self._folder).shape(pairs.height, pairs.width)
 
     def _config(self, part: str) -> dict[str, Any]:
         return json.loads((self._folder / part / "config.json").read_text())

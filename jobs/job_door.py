@@ -67,7 +67,7 @@ def read_job(
 def without_program(working_dir: str | None) -> Iterator[str]:
     """A hint where the folder that is sent does not bring what the job runs."""
     sent = working_dir is not None and "://" not in working_dir
-    if sent and not (Path(working_dir or ".") / "jobs").is_dir():
+    if sent and not Path(str(working_dir), "jobs").is_dir():
         yield (
             f"{working_dir} has no folder jobs/: the cluster's own Python must have this project "
             "installed, in this version; or send the checkout"

@@ -13,6 +13,7 @@ from typing import Any
 from jobs.config import resolve_shipped
 from jobs.errors import Exit, JobError
 from jobs.session import Session
+from jobs.teacher_here import pair_source
 from pipelines.dataset_pins import pin_name
 from pipelines.following import PinHolder
 from pipelines.manifest import latest_manifest, load_manifest
@@ -128,22 +129,19 @@ def _observe(session: Session, default: int | None) -> Pins:
         versions={v: load_manifest(root, v).digest for v in sorted(versions)},
         pictures_digest=_pictures_digest(session),
     )
-    source = _prompt_source(session, default)
+    source = prompt_source(session, paired=bool(default))
     if source is None:
         return pins
     digest = read_prompts(source, session.recipe.storage).digest
     return replace(pins, prompts=source.files, prompt_column=source.column, prompts_digest=digest)
 
 
-def _prompt_source(session: Session, default: int | None) -> PromptSource | None:
-    """The prompt files of the DM stream; None: the pairs' own prompts."""
-    unpaired, pairs = session.recipe.train.unpaired_prompts, session.recipe.pairs
-    if unpaired:
-        return PromptSource((resolve_shipped(unpaired),))
-    if default:
-        return None
-    files = (pairs.prompts,) if isinstance(pairs.prompts, str) else pairs.prompts
-    return PromptSource(tuple(map(resolve_shipped, files)), pairs.prompt_column)
+def prompt_source(session: Session, *, paired: bool) -> PromptSource | None:
+    """The prompt files of the DM stream; None: a training that is `paired` takes the prompts of its
+    pairs."""
+    if session.recipe.train.unpaired_prompts:
+        return PromptSource((resolve_shipped(session.recipe.train.unpaired_prompts),))
+    return None if paired else pair_source(session.recipe.pairs)
 
 
 def _pictures_digest(session: Session) -> str:

@@ -14,10 +14,10 @@ from dmd_core.perceptual import load_perceptual
 from dmd_core.precision import PrecisionPolicy
 from dmd_core.schedule import Schedule
 from dmd_core.teacher import folder_scheduler, teacher_revision
-from jobs.config import resolve_shipped
 from jobs.errors import Exit, JobError
 from jobs.evaluate_checks import check_beside
 from jobs.pair_checks import check_scales, check_solver
+from jobs.pins import prompt_source
 from jobs.session import Session
 from pipelines.manifest import load_manifest
 from pipelines.pair_fit import PairFit
@@ -62,8 +62,9 @@ def check_before_pairs(session: Session) -> None:
     check_without_pairs(session)
     if section.uses_gan:
         open_pictures(section.real_pictures, storage)
-    if section.unpaired_prompts:
-        read_prompts(resolve_shipped(section.unpaired_prompts), storage)
+    source = prompt_source(session, paired=section.needs_pairs)
+    if source is not None:
+        read_prompts(source, storage)
 
 
 def _check_trackers(section: TrainSection) -> None:

@@ -5,7 +5,6 @@ from typing import Any
 from jobs.pins import PINNED
 from jobs.plans import with_space
 from jobs.session import Session
-from jobs.train_checks import check_before_pairs
 from jobs.train_state import finished_state, saved_steps
 from pipelines.costs import Work, estimate, step_rate
 from pipelines.manifest import latest_manifest
@@ -22,6 +21,8 @@ def plan(session: Session) -> dict[str, Any]:
     from_step = steps[-1] if steps else 0
     finished = finished_state(session, steps) is not None
     if not finished:
+        from jobs.train_checks import check_before_pairs  # imports Ray's libraries: here alone
+
         check_before_pairs(session)
     kept = session.read_json(PINNED) if steps else None
     version = (

@@ -134,12 +134,15 @@ def fill_order(
                 forget_lost_files(root, fingerprint.folder, lost)
                 changes = find_changes(order, root, prompts, lost=len(lost))
                 on_changes(changes)
-                to_make, manifest = changes.to_make, None
-                if not to_make and len(data_keys(root, fingerprint)) <= _SEALED_HERE:
+                manifest = None
+                if not changes.to_make and len(data_keys(root, fingerprint)) <= _SEALED_HERE:
                     record.phase = "sealing"
-                    manifest, to_make = _sealed_here(order, prompts, lease)
+                    manifest = _sealed_here(order, prompts, lease)
+                    if manifest is None:
+                        changes = find_changes(order, root, prompts)
+                        on_changes(changes)
                 if manifest is None:
-                    manifest = _make(order, prompts, to_make, lease, record, earlier, watch)
+                    manifest = _make(order, prompts, changes.to_make, lease, record, earlier, watch)
             garbage = None
             if keep is not None:
                 record.phase = "collecting"
@@ -251,19 +254,17 @@ def find_changes(
     return Changes(settings, len(added), len(removed), len(asked), sizes, lost)
 
 
-def _sealed_here(
-    order: PairOrder, prompts: LandedPrompts, lease: Lease
-) -> tuple[Manifest | None, int]:
-    """The version, without Ray. None, and the rows to make: the ledger lists rows that no file
-    holds."""
+def _sealed_here(order: PairOrder, prompts: LandedPrompts, lease: Lease) -> Manifest | None:
+    """The version, without Ray. None: the ledger listed rows that no file holds, and does no
+    more; they are to be made."""
     root, fingerprint = order.root, order.fingerprint
     drop_unfinished(root, fingerprint.folder)
     try:
-        return seal_generation(root, fingerprint, prompts, lease=lease), 0
+        return seal_generation(root, fingerprint, prompts, lease=lease)
     except MissingRowsError as error:
-        if not forget_unstored(root, fingerprint.folder, error.ids):
+        if not forget_unstored(root, fingerprint.folder, error.ids, lease):
             raise
-        return None, find_changes(order, root, prompts).to_make
+        return None
 
 
 def _make(

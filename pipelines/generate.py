@@ -77,7 +77,7 @@ def generate_pairs(
                 root, fingerprint, prompts, lease=lease, map_files=_map_on_cluster
             )
         except MissingRowsError as error:
-            if last or not forget_unstored(root, fingerprint.folder, error.ids):
+            if last or not forget_unstored(root, fingerprint.folder, error.ids, lease):
                 raise
     raise AssertionError("the last pass returns or raises")
 

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 
 from pipelines.bounded import map_bounded
 from pipelines.commits import StoreError, delete_if_there, list_files
-from pipelines.storage import Store
+from pipelines.lease import Lease
+from pipelines.storage import Store, no_answer
 
 _PENDING = ".pending.parquet"
 _FENCED = re.compile(r"(\d{6,})[_.-]")
@@ -86,14 +87,18 @@ def forget_lost_files(root: Store, generation: str, lost: Collection[str] = ()) 
     return _forget(root, generation, lost_entries(root, generation, lost))
 
 
-def forget_unstored(root: Store, generation: str, ids: np.ndarray) -> list[str]:
+def forget_unstored(root: Store, generation: str, ids: np.ndarray, lease: Lease) -> list[str]:
     """Remove the entries that list one of `ids`, which no data file holds, and the `lost_entries`;
     returns their names. When a node dies between an entry and its report, Ray writes the block
-    anew under the entry that is there: what is rejected this time is listed all the same."""
+    anew under the entry that is there: what is rejected this time is listed all the same.
+
+    What `ids` says may be old: another writer may have made those rows since. Raises
+    `LeaseLostError`."""
     names = [name for name in _entries(root, generation) if not _is_pending(name)]
     paths = [root.path(generation, "ledger", name) for name in names]
     listed = map_bounded(lambda path: np.isin(ids, _ids(root, path)).any(), paths, _READERS)
     wrong = {name for name, found in zip(names, listed, strict=True) if found}
+    lease.check()
     return _forget(root, generation, sorted(wrong.union(lost_entries(root, generation))))
 
 
@@ -116,7 +121,6 @@ def _ids(root: Store, path: str) -> np.ndarray:
         with root.fs.open(path, "rb") as stream:
             return pq.ParquetFile(stream).read(columns=["pair_id"])["pair_id"].to_numpy()
     except (pa.ArrowException, OSError) as error:
-        raise StoreError(
-            f"{path}: cannot be read: {error}. If it is damaged, move it away and run again: its "
-            "rows will be made anew"
-        ) from error
+        torn = not isinstance(error, PermissionError) and not no_answer(error)
+        way = "; move it away and run again, and its rows will be made anew" if torn else ""
+        raise StoreError(f"{path}: cannot be read: {error}{way}") from error

@@ -305,14 +305,6 @@ def test_stable_diffusion_s_conditions_are_those_of_its_encoder(families):
     assert torch.equal(teacher.encode_prompts(sorted(PROMPTS)).text, own)
 
 
-def _copy(folder: str, target: Path) -> Path:
-    return Path(shutil.copytree(folder, target / "copy"))
-
-
-def _edit(file: Path, **values: object) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
 def test_a_text_encoder_s_missing_weights_are_not_made_up(families, tmp_path):
     """transformers starts them at random, and says so in its log alone."""
     for name, part, lost in (
@@ -341,7 +333,7 @@ def test_a_text_encoder_s_weights_are_found_with_and_without_the_wrapper_s_name(
 
 def test_a_network_that_learned_its_variance_is_refused(families, tmp_path):
     folder = shutil.copytree(families.folder("unconditional"), tmp_path / "teacher")
-    _rewrite(folder / "unet" / "config.json", out_channels=6)
+    _edit(folder / "unet" / "config.json", out_channels=6)
     with pytest.raises(TeacherError, match="unet of 3 channels in and 6 out"):
         check_teacher(str(folder))
 
@@ -349,7 +341,7 @@ def test_a_network_that_learned_its_variance_is_refused(families, tmp_path):
 def test_an_old_file_s_size_is_read_as_diffusers_reads_it(families, tmp_path):
     folder = shutil.copytree(families.folder("sd"), tmp_path / "teacher")
     for version, size in (("0.6.0", 32), ("0.6.0", 96), ("0.9.0.dev0", 32), ("0.31.0", 32)):
-        _rewrite(folder / "unet" / "config.json", _diffusers_version=version, sample_size=size)
+        _edit(folder / "unet" / "config.json", _diffusers_version=version, sample_size=size)
         pipeline = plain(str(folder))
         side = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         assert folder_geometry(folder).own == (side, side), version
@@ -358,10 +350,14 @@ def test_an_old_file_s_size_is_read_as_diffusers_reads_it(families, tmp_path):
 @pytest.mark.skipif(find_spec("scipy") is not None, reason="scipy is here")
 def test_a_scheduler_that_needs_another_package_says_so(families, tmp_path):
     folder = shutil.copytree(families.folder("sdxl"), tmp_path / "teacher")
-    _rewrite(folder / "scheduler" / "scheduler_config.json", use_beta_sigmas=True)
+    _edit(folder / "scheduler" / "scheduler_config.json", use_beta_sigmas=True)
     with pytest.raises(TeacherError, match=r"scheduler cannot be used here: .*scipy"):
         folder_scheduler(str(folder))
 
 
-def _rewrite(file: Path, **changes: object) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+def _copy(folder: str, target: Path) -> Path:
+    return Path(shutil.copytree(folder, target / "copy"))
+
+
+def _edit(file: Path, **values: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))

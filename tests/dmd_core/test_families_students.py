@@ -17,6 +17,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FluxPipeline,
     LCMScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -260,6 +261,16 @@ def test_a_student_of_a_teacher_that_ends_in_pure_noise(families, tmp_path, sche
     )
     found = call_by_hand("sd v", plain(target), eps, len(times), guidance_scale=0.0, **generator)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_class_that_does_not_rescale_is_not_taken_for_one_that_does(families):
+    """It keeps the setting of the class before it."""
+    rescaled = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    other = PNDMScheduler.from_config(rescaled.config)
+    schedule = Schedule.from_scheduler(other)
+    assert schedule.alphas[-1] > 0
+    with pytest.raises(ValueError, match="does not carry the schedule"):
+        check_exportable(schedule, dict(other.config), (999,), families.teacher("sd v").family, 16)
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,7 @@ def test_a_discriminator_needs_a_network_with_a_middle(families, tmp_path, capsy
     [
         ({"train__gan_weight": 1e-3, "train__real_pictures": "nowhere"}, "nowhere does not exist"),
         ({"train__unpaired_prompts": "nowhere.txt"}, "nowhere.txt: no such file"),
+        ({"pairs__prompts": "nowhere.txt"}, "nowhere.txt: no such file"),
         ({"train__student_timesteps": "[1000]"}, "student_timesteps has 1000"),
     ],
 )
@@ -177,17 +178,6 @@ def test_what_a_training_would_refuse_its_plan_refuses(
     }  # fmt: skip
     code, message = run_tiny("train", base, NO_PAIRS | settings, capsys, words=["--dry-run"])
     assert code in (Exit.USAGE, Exit.REFUSED) and expected in message, message
-
-
-def _planned_pairs(teacher: str, folder, capsys, **pairs: object) -> tuple[int, str]:
-    """`dmd pairs --dry-run`."""
-    (folder / "prompts.txt").write_text("cat\ndog")
-    base = {
-        "run.dir": folder / "run", "teacher.path": teacher,
-        "pairs.prompts": folder / "prompts.txt", "cost.seconds_per_picture": 1,
-    }  # fmt: skip
-    changes = {f"pairs__{key}": value for key, value in pairs.items()}
-    return run_tiny("pairs", base, changes, capsys, words=["--dry-run"])
 
 
 def test_a_row_s_own_size_that_the_teacher_cannot_make_is_named_by_line(
@@ -208,3 +198,14 @@ def test_a_row_s_own_size_that_the_teacher_cannot_make_is_named_by_line(
     code, message = run_tiny("pairs", settings, {}, capsys)
     assert code == Exit.REFUSED
     assert "prompts.csv, line 4: width '40'; expected a positive multiple of 16" in message
+
+
+def _planned_pairs(teacher: str, folder, capsys, **pairs: object) -> tuple[int, str]:
+    """`dmd pairs --dry-run`."""
+    (folder / "prompts.txt").write_text("cat\ndog")
+    base = {
+        "run.dir": folder / "run", "teacher.path": teacher,
+        "pairs.prompts": folder / "prompts.txt", "cost.seconds_per_picture": 1,
+    }  # fmt: skip
+    changes = {f"pairs__{key}": value for key, value in pairs.items()}
+    return run_tiny("pairs", base, changes, capsys, words=["--dry-run"])
