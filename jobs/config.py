@@ -6,6 +6,7 @@ nearest key that exists. Names in YAML come from closed lists, never from import
 
 import difflib
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -68,6 +69,10 @@ def read_settings(name: str, overrides: list[str]) -> dict[str, Any]:
     except SecretError as error:
         raise JobError(f"recipe {name}: {error}", Exit.USAGE) from error
     return settings
+
+
+# How pydantic names the members of a union among the parts of a key.
+_MEMBER = re.compile(r"constrained-\w+|[\w-]+\[.*\]")
 
 
 def load_recipe(name: str, overrides: list[str]) -> Recipe:
@@ -187,16 +192,27 @@ def _has_comment(text: str) -> bool:
 
 
 def _explain(error: ValidationError, source: str) -> str:
-    lines = [f"recipe {source} is not valid:"]
+    found: dict[str, list[str]] = {}  # key → what is wrong: of a union, for each of its members
+    given: dict[str, str] = {}
     for entry in error.errors():
-        location = [str(part) for part in entry["loc"]]
+        location = [part for part in map(str, entry["loc"]) if not _MEMBER.fullmatch(part)]
         key = ".".join(location)
         if entry["type"] == "extra_forbidden":
-            lines.append(f"  {key}: unknown key{_nearest(location)}")
+            message = f"unknown key{_nearest(location)}"
         else:
-            given = "" if entry["type"] == "missing" else f" (given: {entry['input']!r})"
-            lines.append(f"  {key}: {entry['msg'].removeprefix('Value error, ')}{given}")
-    return "\n".join(lines)
+            message = entry["msg"].removeprefix("Value error, ").removeprefix(f"{key}: ")
+            message = message.replace("valid tuple", "valid list, as in [1, 2]")
+            message = re.sub(r"valid dictionary or instance of \w+", "mapping", message)
+            if entry["type"] != "missing" and not isinstance(entry["input"], dict):
+                given[key] = f" (given: {entry['input']!r})"
+        found.setdefault(key, []).append(message)
+    lines = [f"  {key}: {_either(said)}{given.get(key, '')}" for key, said in found.items()]
+    return "\n".join([f"recipe {source} is not valid:", *lines])
+
+
+def _either(messages: list[str]) -> str:
+    first, *others = messages
+    return first + "".join(f", or {each.removeprefix('Input should be ')}" for each in others)
 
 
 def _nearest(location: list[str]) -> str:

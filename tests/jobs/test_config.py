@@ -51,6 +51,41 @@ def test_a_misspelt_key_names_its_nearest(tmp_path):
     assert "train.learning_rat" in message and "did you mean train.learning_rate?" in message
 
 
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (
+            "pairs.actors=-1",
+            "pairs.actors: Input should be greater than 0, or a mapping (given: -1)",
+        ),
+        (
+            "pairs.actors={min: 3, max: 1}",
+            "pairs.actors: Input should be a valid integer, or max (1)",
+        ),
+        (
+            "pairs.actors={mn: 3, max: 4}",
+            "pairs.actors.mn: unknown key; did you mean pairs.actors.min?",
+        ),
+        (
+            "train.student_timesteps=399",
+            "train.student_timesteps: Input should be a valid list, as in",
+        ),
+        (
+            "train.report_to=wand",
+            "train.report_to: Input should be 'tensorboard', 'wandb' or 'none', or",
+        ),
+        ("train.stages=[{steps: x}]", "train.stages.0.steps: Input should be a valid integer"),
+        ("train.gan_weight=1", "  train: gan_weight > 0 needs train.real_pictures"),
+    ],
+)
+def test_an_error_names_the_key_as_it_is_written(setting, expected):
+    """Not pydantic's names for the members of a union, nor a section for one of its keys."""
+    with pytest.raises(JobError) as error:
+        load_recipe("demo", [setting])
+    assert expected in str(error.value)
+    assert "{'" not in str(error.value)
+
+
 def test_an_unknown_section_lists_the_sections(tmp_path):
     assert "evaluate" in _error(tmp_path, "evaluation_of_everything: {}\n")
 
