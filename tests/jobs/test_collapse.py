@@ -34,6 +34,7 @@ def _lines(tmp_path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow  # `tests/pipelines/test_rollback.py` goes back in the default suite
 def test_a_collapse_is_rolled_back_and_the_run_finishes(ray_cluster, recipe, tmp_path, capfd):
     code, err = run_tiny("train", recipe, {"train__health": HEALTH}, capfd)
     assert code == 0, err

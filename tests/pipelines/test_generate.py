@@ -186,6 +186,7 @@ def test_prompts_become_a_sealed_version_that_only_ever_grows(
     assert torch.equal(returned.latents[:1], later.latents[:1])
 
 
+@pytest.mark.slow  # on S3 `tests/jobs/test_reject_lane.py` makes pairs in the default suite
 def test_the_same_on_s3_and_other_settings_are_another_generation(
     ray_cluster, tmp_path, tiny_teacher_dir, s3_store, s3_options
 ):

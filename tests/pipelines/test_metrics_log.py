@@ -296,6 +296,7 @@ def _wandb_history(file: Path, key: str) -> list[tuple[int, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_wandb_offline_holds_the_numbers_of_one_run_across_a_resume(tmp_path):
     pytest.importorskip("wandb")
     with socket.create_server(("127.0.0.1", 0)) as server:

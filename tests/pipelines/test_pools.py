@@ -39,6 +39,7 @@ def fill(folder: Path, **settings: object) -> list[Note]:
     return read_notes(notes)
 
 
+@pytest.mark.slow
 def test_a_pool_grows_while_blocks_wait_and_shrinks_when_none_is_left(
     ray_cluster, tmp_path, monkeypatch
 ):

@@ -108,6 +108,7 @@ def test_one_worker_dies_at_each_kind_of_save_point(bench):
     dies_and_goes_on(bench, "dmd2", 1, deaths)
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_float32_where_networks_compute_in_bfloat16(bench):
     store, recipe = bench.store(), DMD2 | {"mixed_precision": "bf16"}
     straight = bench.straight(recipe)

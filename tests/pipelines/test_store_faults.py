@@ -60,7 +60,7 @@ def one_process(monkeypatch):
     """A killed holder is this very process: say that it is gone. No threads, no slow disk."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setattr(lease_module, "is_gone", lambda process: True)
-    for module in ("bounded", "collect", "ledger", "manifest"):
+    for module in ("bounded", "collect", "manifest"):
         monkeypatch.setattr(f"pipelines.{module}.ThreadPoolExecutor", InOneThread)
 
 
