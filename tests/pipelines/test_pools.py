@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
+import pytest
 
 from dmd_core.teacher import teacher_revision
 from pipelines import generate
