@@ -61,6 +61,7 @@ def dmd(ray_cluster, tiny_teacher_dir, tmp_path, capfd, monkeypatch) -> Verbs:
     return Verbs(tmp_path, tiny_teacher_dir, capfd)
 
 
+@pytest.mark.slow
 def test_rate_time_left_rows_rejects_and_cost_are_shown_meanwhile_and_at_the_end(dmd):
     dmd.leave_a_killed_run(busy_s=30.0)
     said = dmd("regenerate", [*PROMPTS, "refused"])

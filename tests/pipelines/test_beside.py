@@ -412,6 +412,7 @@ def _dies(task, step):
     os._exit(1)
 
 
+@pytest.mark.slow
 def test_an_evaluation_whose_process_dies_is_tried_once_more(ray_cluster, task, store, monkeypatch):
     save_student(task, 4)
     monkeypatch.setattr(beside, "evaluate_checkpoint", _dies)

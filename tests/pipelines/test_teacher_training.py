@@ -34,6 +34,7 @@ def _checkpoint(folder) -> Checkpoint:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_training_resumes_bit_for_bit_and_writes_a_pipeline(tmp_path, capsys):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
