@@ -4,6 +4,8 @@ No training step: student, fake score and teacher with Adam's state take 29 GB f
 mixed precision; `benchmarks/architectures.py` does that, through the commands, on what has room.
 """
 
+import ctypes
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,6 +44,8 @@ def published(request) -> Iterator[tuple[str, str]]:
 
 
 def loaded(name: str, folder: str) -> Teacher:
+    gc.collect()  # the networks of the test before this one, which the allocator would keep
+    ctypes.CDLL(None).malloc_trim(0)
     if psutil.virtual_memory().available < GIGABYTES[name] * 1e9:
         pytest.skip(f"{name} needs {GIGABYTES[name]} GB of free memory")
     return load_teacher(folder, size=(SIDE[name], SIDE[name]))
