@@ -4,7 +4,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from cluster.job_server import ACTIVE, ClusterJob, JobServer, SubmitError, TokenError
 from cluster.secrets import SecretError, refuse_secrets
@@ -120,6 +120,12 @@ def entrypoint(verb_arguments: Sequence[str]) -> str:
     return shlex.join(["python", "-m", f"jobs.{verb.replace('-', '_')}", *arguments])
 
 
+def is_sent(working_dir: str | None) -> TypeGuard[str]:
+    """Is it a folder of this machine, which travels with the job? Else the cluster reads it by its
+    URI, or has the package installed (None)."""
+    return working_dir is not None and "://" not in working_dir
+
+
 def job_environment(
     working_dir: str | None, runtime_env: Mapping[str, Any] | None
 ) -> dict[str, Any]:
@@ -130,7 +136,7 @@ def job_environment(
         return environment
     refuse_secrets({"working_dir": working_dir})
     environment["working_dir"] = working_dir
-    if "://" not in working_dir:
+    if is_sent(working_dir):
         if not os.path.isdir(working_dir):
             raise SubmitError(f"working directory {working_dir} does not exist", transient=False)
         own = [each for each in environment.get("excludes", ()) if each not in EXCLUDES]

@@ -37,6 +37,8 @@ _SHIPPED = {
     "shipped:cifar10": "cifar10_classes.txt",
 }
 _MAX_CONFIG_BYTES = 1_000_000
+# How pydantic names the members of a union among the parts of a key.
+_MEMBER = re.compile(r"constrained-\w+|[\w-]+\[.*\]")
 
 
 class Recipe(Section):
@@ -69,10 +71,6 @@ def read_settings(name: str, overrides: list[str]) -> dict[str, Any]:
     except SecretError as error:
         raise JobError(f"recipe {name}: {error}", Exit.USAGE) from error
     return settings
-
-
-# How pydantic names the members of a union among the parts of a key.
-_MEMBER = re.compile(r"constrained-\w+|[\w-]+\[.*\]")
 
 
 def load_recipe(name: str, overrides: list[str]) -> Recipe:

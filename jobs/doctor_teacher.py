@@ -160,18 +160,11 @@ class TeacherChecks:
             for part in self._weights
         }
         compute = PrecisionPolicy.named(recipe.train.mixed_precision).compute
+        others = (part for part in self._weights if part is not self._denoiser)
+        converted = (converted_bytes(part, stored[part.part], compute) for part in others)
+        mapped = stored[self._denoiser.part] == torch.float32
         needs = host_memory(
-            self._sizes,
-            recipe.train,
-            mapped=stored[self._denoiser.part] == torch.float32,
-            converted=max(
-                (
-                    converted_bytes(part, stored[part.part], compute)
-                    for part in self._weights
-                    if part is not self._denoiser
-                ),
-                default=0,
-            ),
+            self._sizes, recipe.train, mapped=mapped, converted=max(converted, default=0)
         )
         sizes = {
             "for each worker that starts": needs.start,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.submit import is_sent
 from jobs.config import Recipe, load_recipe, read_settings
 from jobs.errors import Exit, JobError
 
@@ -53,7 +54,7 @@ def read_job(
     options = parse_job(verb, arguments, done=done)
     config = options.config or ("emoji" if verb == "train-teacher" else "demo")
     is_file = Path(config).suffix in (".yaml", ".yml")
-    sent = working_dir is not None and "://" not in working_dir
+    sent = is_sent(working_dir)
     if is_file and not sent and not Path(config).is_file():
         return VerbJob(verb, tuple(arguments), options)  # it is on the cluster alone
     recipe, settings = load_recipe(config, options.set), read_settings(config, options.set)
@@ -66,8 +67,7 @@ def read_job(
 
 def without_program(working_dir: str | None) -> Iterator[str]:
     """A hint where the folder that is sent does not bring what the job runs."""
-    sent = working_dir is not None and "://" not in working_dir
-    if sent and not Path(str(working_dir), "jobs").is_dir():
+    if is_sent(working_dir) and not Path(working_dir, "jobs").is_dir():
         yield (
             f"{working_dir} has no folder jobs/: the cluster's own Python must have this project "
             "installed, in this version; or send the checkout"

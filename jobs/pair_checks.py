@@ -2,7 +2,6 @@
 loaded for it."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 from dmd_core.families import CLASSES, check_guidance, family_of, folder_geometry, part_config
 from dmd_core.ode import SolverError, make_scheduler
@@ -14,7 +13,7 @@ from jobs.session import Session
 def check_sampling(session: Session) -> None:
     """Raises an error that names the keys: guidance, size, solver."""
     section, folder = session.recipe.pairs, session.teacher_dir
-    check_scales(session)
+    check_scales(session, {})
     try:
         folder_geometry(folder).shape(section.height, section.width)
     except ValueError as error:
@@ -22,7 +21,7 @@ def check_sampling(session: Session) -> None:
     check_solver(session)
 
 
-def check_scales(session: Session, others: Mapping[str, float] = MappingProxyType({})) -> None:
+def check_scales(session: Session, others: Mapping[str, float]) -> None:
     """Can the teacher be guided by `pairs.guidance_scale`, as sample pictures and evaluations are
     too, and by `others` (key of the recipe → scale)?"""
     asked = {"pairs.guidance_scale": session.recipe.pairs.guidance_scale, **others}

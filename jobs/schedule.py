@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from cluster.nodes import ClusterError
 from cluster.schedule import Entry, ScheduleError, check_entry, slots_after
-from cluster.submit import SecretError, SubmitError, job_environment, refuse_secrets
+from cluster.submit import SecretError, SubmitError, is_sent, job_environment, refuse_secrets
 from dmd_core.files import is_local, store_errors
 from jobs.errors import Exit, JobError
 from jobs.job_client import known_address
@@ -206,7 +206,7 @@ def _new_entry(
     """The entry, checked as `dmd submit` checks its job, and that job."""
     verb, *rest = arguments.job
     folder = arguments.working_dir
-    if folder is not None and "://" not in folder:
+    if is_sent(folder):
         folder = os.path.abspath(folder)
     try:
         refuse_secrets({"job": list(rest)})
@@ -256,7 +256,7 @@ def _hints(entry: Entry, job: VerbJob, table: ScheduleTable) -> Iterator[str]:
     recipe = job.options.config
     if entry.working_dir is None and recipe and recipe.endswith((".yaml", ".yml")):
         yield f"{recipe} must be found there on the cluster; --working-dir . sends this folder"
-    if entry.working_dir and "://" not in entry.working_dir and not is_local(table.store.fs):
+    if is_sent(entry.working_dir) and not is_local(table.store.fs):
         yield (
             f"{entry.working_dir} is a folder of this machine: a scheduler on another one leaves "
             "this job alone, unless it has such a folder too"

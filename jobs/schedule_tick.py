@@ -9,7 +9,7 @@ from typing import Any
 from cluster.nodes import ClusterError
 from cluster.schedule import Entry, Job, ScheduleError, next_slot
 from cluster.scheduler import Event, tick_entry
-from cluster.submit import JobServer, SubmitError, job_status, submit_job
+from cluster.submit import JobServer, SubmitError, is_sent, job_status, submit_job
 from dmd_core.files import store_errors
 from jobs.errors import JobError
 from jobs.job_client import HOW_TO_NAME, connect, find_address
@@ -92,7 +92,7 @@ def _lack(entry: Entry, client: Any) -> str:
         except JobError as error:
             return str(error)
     folder = entry.working_dir
-    if folder is not None and "://" not in folder and not os.path.isdir(folder):
+    if is_sent(folder) and not os.path.isdir(folder):
         return f"its working directory {folder} is not on this machine"
     return ""
 

@@ -16,7 +16,7 @@ import yaml
 from cluster.job_server import SubmitError
 from cluster.package import Package, measure
 from cluster.secrets import SecretError, refuse_secrets
-from cluster.submit import job_environment
+from cluster.submit import is_sent, job_environment
 from jobs.config import Recipe, yaml_problem
 from jobs.errors import Exit, JobError
 from jobs.job_client import kept_options
@@ -79,7 +79,7 @@ def read_sent(
     reads by a relative path is in it. Raises `JobError`, and `SubmitError` for too much."""
     folder = environment.get("working_dir")
     job = read_job(verb, arguments, folder, done=done)
-    if folder is None or "://" in folder:
+    if not is_sent(folder):
         return job, None
     package = measure(folder, environment["excludes"])
     _refuse_left_out(job, package)

@@ -6,7 +6,7 @@ only saves work; what a version holds is decided when it is sealed.
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -40,9 +40,8 @@ def fence_of(name: str) -> int:
 
 def finished_ids(root: Store, generation: str, *, without: Collection[str] = ()) -> np.ndarray:
     """The ids in all entries that are not pending, int64; `without` those of these names."""
-    names = [name for name in _entries(root, generation) if name not in without]
-    paths = [root.path(generation, "ledger", name) for name in names if not _is_pending(name)]
-    found = list(map_bounded(lambda path: _ids(root, path), paths, _READERS))
+    names = [name for name in _finished(root, generation) if name not in without]
+    found = list(_listed(root, generation, names))
     return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
@@ -75,11 +74,7 @@ def lost_entries(root: Store, generation: str, lost: Collection[str] = ()) -> li
     though others of the same write may still be there."""
     present = {data_base(name) for name in list_files(root, root.path(generation, "data"))}
     present -= set(map(data_base, lost))
-    return [
-        name
-        for name in _entries(root, generation)
-        if not _is_pending(name) and ledger_base(name) not in present
-    ]
+    return [name for name in _finished(root, generation) if ledger_base(name) not in present]
 
 
 def forget_lost_files(root: Store, generation: str, lost: Collection[str] = ()) -> list[str]:
@@ -94,10 +89,9 @@ def forget_unstored(root: Store, generation: str, ids: np.ndarray, lease: Lease)
 
     What `ids` says may be old: another writer may have made those rows since. Raises
     `LeaseLostError`."""
-    names = [name for name in _entries(root, generation) if not _is_pending(name)]
-    paths = [root.path(generation, "ledger", name) for name in names]
-    listed = map_bounded(lambda path: np.isin(ids, _ids(root, path)).any(), paths, _READERS)
-    wrong = {name for name, found in zip(names, listed, strict=True) if found}
+    names = _finished(root, generation)
+    listed = zip(names, _listed(root, generation, names), strict=True)
+    wrong = {name for name, found in listed if np.isin(ids, found).any()}
     lease.check()
     return _forget(root, generation, sorted(wrong.union(lost_entries(root, generation))))
 
@@ -110,6 +104,16 @@ def _forget(root: Store, generation: str, names: list[str]) -> list[str]:
 
 def _entries(root: Store, generation: str) -> Iterable[str]:
     return list_files(root, root.path(generation, "ledger"))
+
+
+def _finished(root: Store, generation: str) -> list[str]:
+    return [name for name in _entries(root, generation) if not _is_pending(name)]
+
+
+def _listed(root: Store, generation: str, names: Iterable[str]) -> Iterator[np.ndarray]:
+    """The ids in each of the entries."""
+    paths = [root.path(generation, "ledger", name) for name in names]
+    return map_bounded(lambda path: _ids(root, path), paths, _READERS)
 
 
 def _is_pending(name: str) -> bool:

@@ -17,7 +17,7 @@ from dmd_core.files import is_local
 from pipelines.bounded import map_bounded
 from pipelines.manifest_model import Manifest, ManifestFile
 from pipelines.pairs import PairSchemaError, check_schema, fingerprint_digest
-from pipelines.parquet_parts import part_stream
+from pipelines.parquet_parts import parquet_file, part_stream
 from pipelines.storage import Store
 
 # To open a file and check its footer costs more than to read a row group. A footer takes some
@@ -114,13 +114,7 @@ class PairFiles:
             stream = closing.enter_context(part_stream(self._root, path))
             self._check_bytes(path, number, file, stream)
             known = self._footers.get(number)
-            # Reading ahead saves requests; on a local disk it only costs.
-            parquet = pq.ParquetFile(
-                stream,
-                metadata=known,
-                pre_buffer=not is_local(self._root.fs),
-                page_checksum_verification=True,
-            )
+            parquet = parquet_file(self._root, stream, metadata=known, checksums=True)
             if known is None:
                 self._check_footer(path, file, parquet)
                 self._footers.put(number, parquet.metadata)

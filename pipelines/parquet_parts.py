@@ -18,11 +18,24 @@ def part_stream(store: Store, path: str) -> pa.NativeFile:
     return pa.PythonFile(store.fs.open(path, "rb", cache_type="none"), mode="r")
 
 
+def parquet_file(
+    store: Store,
+    stream: pa.NativeFile,
+    *,
+    metadata: pq.FileMetaData | None = None,
+    checksums: bool = False,
+) -> pq.ParquetFile:
+    """On a `part_stream`. `metadata`: its footer, where that is known; `checksums`: compare those
+    of its pages."""
+    # Ranges that lie close together are one request; on a local disk that only costs.
+    ahead = not is_local(store.fs)
+    return pq.ParquetFile(
+        stream, metadata=metadata, pre_buffer=ahead, page_checksum_verification=checksums
+    )
+
+
 @contextmanager
 def open_parts(store: Store, path: str, *, checksums: bool = False) -> Iterator[pq.ParquetFile]:
-    """The Parquet file, open. `checksums`: compare those of its pages. Raises what the store or
-    Arrow raises."""
+    """The `parquet_file`, open. Raises what the store or Arrow raises."""
     with part_stream(store, path) as stream:
-        # Ranges that lie close together are one request; on a local disk that only costs.
-        ahead = not is_local(store.fs)
-        yield pq.ParquetFile(stream, pre_buffer=ahead, page_checksum_verification=checksums)
+        yield parquet_file(store, stream, checksums=checksums)
